@@ -1,0 +1,45 @@
+# Two commands set everything up: `make demo` and `make test`. Both need Python 3.11 and pip only.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+
+.PHONY: demo test test-all bench lint types tests clean
+
+# torch comes first and alone, so that no other package's range can choose its build
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(INSTALL) torch
+	$(INSTALL) --editable ".[all]"
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.installed
+	$(INSTALL) "build>=1.2" "hatchling>=1.25" "hypothesis>=6.100" "import-linter>=2.1" "mypy>=1.13" \
+		"pytest>=8.3" "ruff>=0.9" "types-PyYAML>=6.0"
+	touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/sparing run language-dynmoe
+
+test: lint types tests
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+types: $(VENV)/.dev
+	$(BIN)/mypy
+
+tests: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+
+test-all: lint types
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "slow or not slow"
+
+# every benchmark, an hour and more: each writes its record into benchmarks/records
+bench: $(VENV)/.dev
+	for script in benchmarks/[a-z]*_*.py; do $(BIN)/python $$script || exit 1; done
+
+clean:
+	rm -rf $(VENV) dist
