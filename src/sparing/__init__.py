@@ -1,0 +1,84 @@
+"""Sparing trains PyTorch models for less, and keeps an account of what that saved.
+
+Names are imported when they are first used, so that ``import sparing`` stays light.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sparing.core.clock import Clock as Clock
+    from sparing.core.errors import RequestError as RequestError
+    from sparing.core.errors import RunError as RunError
+    from sparing.core.errors import SparingError as SparingError
+    from sparing.core.ledger import Ledger as Ledger
+    from sparing.core.method import Context as Context
+    from sparing.core.method import Method as Method
+    from sparing.core.method import Plan as Plan
+    from sparing.core.method import Setup as Setup
+    from sparing.experts.controller import ExpertController as ExpertController
+    from sparing.experts.layer import router_loss as router_loss
+    from sparing.experts.moefy import moefy_ as moefy_
+    from sparing.experts.storage import load as load
+    from sparing.experts.storage import save as save
+    from sparing.experts.top_any import TopAny as TopAny
+    from sparing.experts.top_k import TopK as TopK
+    from sparing.hosts.session import Session as Session
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Clock": "core.clock",
+    "Context": "core.method",
+    "ExpertController": "experts.controller",
+    "Ledger": "core.ledger",
+    "Method": "core.method",
+    "Plan": "core.method",
+    "RequestError": "core.errors",
+    "RunError": "core.errors",
+    "Session": "hosts.session",
+    "Setup": "core.method",
+    "SparingError": "core.errors",
+    "TopAny": "experts.top_any",
+    "TopK": "experts.top_k",
+    "load": "experts.storage",
+    "moefy_": "experts.moefy",
+    "router_loss": "experts.layer",
+    "save": "experts.storage",
+}
+
+__all__ = [
+    "Clock",
+    "Context",
+    "ExpertController",
+    "Ledger",
+    "Method",
+    "Plan",
+    "RequestError",
+    "RunError",
+    "Session",
+    "Setup",
+    "SparingError",
+    "TopAny",
+    "TopK",
+    "__version__",
+    "load",
+    "moefy_",
+    "router_loss",
+    "save",
+]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f'module "sparing" has no attribute "{name}"')
+    value = getattr(importlib.import_module(f"sparing.{home}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(_HOMES))

@@ -1,0 +1,149 @@
+"""What can be named in a recipe. Lazy: a record is plain text until its class is asked for."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, final
+
+from sparing.core.errors import RequestError, unknown
+
+if TYPE_CHECKING:
+    from sparing.core.method import Method
+
+
+@final
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Record:
+    """One entry: known without importing what it names.
+
+    ``target`` is ``"package.module:Class"``; ``paper`` an identifier such as ``"arXiv 2405.14297"``
+    (empty if none); ``extras`` the optional dependency groups that the class needs; ``card`` the
+    name of its page in ``docs/methods``.
+    """
+
+    name: str
+    target: str
+    summary: str
+    paper: str = ""
+    extras: tuple[str, ...] = ()
+    card: str = ""
+
+    @property
+    def class_name(self) -> str:
+        """The class's own name, the part of ``target`` after the colon."""
+        return self.target.partition(":")[2]
+
+    def load(self) -> type[Any]:
+        """Import and return the class.
+
+        Raises RequestError if an optional dependency is not installed, and says how to install it.
+        """
+        module, _, attribute = self.target.partition(":")
+        try:
+            found = getattr(importlib.import_module(module), attribute)
+        except ModuleNotFoundError as error:
+            if not self.extras or (error.name or "").split(".")[0] == "sparing":
+                raise
+            raise RequestError(
+                f'"{self.name}" needs the package "{error.name}", which is not installed; '
+                f'run: pip install "sparing[{",".join(self.extras)}]"'
+            ) from error
+        if not isinstance(found, type):
+            raise TypeError(f"{self.target} is not a class")
+        return found
+
+
+METHODS: Final[tuple[Record, ...]] = (
+    Record(
+        name="dynmoe",
+        target="sparing.experts.top_any:TopAny",
+        summary="Each token picks as many experts as pass their thresholds; experts come and go.",
+        paper="arXiv 2405.14297",
+        card="dynmoe",
+    ),
+    Record(
+        name="top-k",
+        target="sparing.experts.top_k:TopK",
+        summary="Each token goes to the k experts that a softmax router scores highest.",
+        paper="arXiv 1701.06538",
+        card="top-k",
+    ),
+)
+
+TASKS: Final[tuple[Record, ...]] = (
+    Record(
+        name="language",
+        target="sparing.tasks.language:Language",
+        summary="Byte-level language modelling of Shakespeare, grade-school maths and Python.",
+        extras=("hf",),
+    ),
+)
+
+OPTIMIZERS: Final[tuple[Record, ...]] = (
+    Record(
+        name="muon",
+        target="sparing.updates.muon:Muon",
+        summary="Orthogonalised momentum for single and stacked matrices, AdamW for the rest.",
+    ),
+)
+
+KINDS: Final[dict[str, tuple[Record, ...]]] = {
+    "method": METHODS,
+    "task": TASKS,
+    "optimizer": OPTIMIZERS,
+}
+
+
+def records(kind: str) -> tuple[Record, ...]:
+    """All records of a kind, a key of ``KINDS``; RequestError for another kind."""
+    if kind not in KINDS:
+        raise unknown("kind", kind, KINDS)
+    return KINDS[kind]
+
+
+def methods() -> tuple[Record, ...]:
+    """The records of all methods."""
+    return records("method")
+
+
+def tasks() -> tuple[Record, ...]:
+    """The records of all tasks."""
+    return records("task")
+
+
+def find(kind: str, name: str) -> Record:
+    """The record of ``name``, its registry name or its class's name, in any case.
+
+    Raises RequestError that names the nearest known one.
+    """
+    wanted = name.lower()
+    for record in records(kind):
+        if wanted in (record.name.lower(), record.class_name.lower()):
+            return record
+    raise unknown(kind, name, [record.name for record in records(kind)])
+
+
+def method_record(name: str) -> Record:
+    """The record of a method; see ``find``."""
+    return find("method", name)
+
+
+def task_record(name: str) -> Record:
+    """The record of a task; see ``find``."""
+    return find("task", name)
+
+
+def method(name: str) -> type[Method]:
+    """The class of a method; see ``find`` and ``Record.load`` for the errors."""
+    return method_record(name).load()
+
+
+def task(name: str) -> type[Any]:
+    """The class of a task; see ``find`` and ``Record.load`` for the errors."""
+    return task_record(name).load()
+
+
+def optimizer(name: str) -> type[Any]:
+    """The class of an optimizer; see ``find`` and ``Record.load`` for the errors."""
+    return find("optimizer", name).load()

@@ -1,0 +1,68 @@
+"""What a recipe trains: data, model, loss per sample and metric. No method knows a task."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+
+class Samples(Protocol):
+    """A finite training set whose samples keep their index for the whole run."""
+
+    def __len__(self) -> int: ...
+
+    def batch(self, index: Tensor) -> Any:
+        """The samples ``index``, (B,) int64, as one batch."""
+        ...
+
+
+@runtime_checkable
+class Task(Protocol):
+    """Constructed from the recipe's options; ``prepare`` loads the data and is called once."""
+
+    name: ClassVar[str]
+    Options: ClassVar[type[Any]]
+    metric: ClassVar[str]
+    higher_is_better: ClassVar[bool]
+
+    train: Samples
+    domains: tuple[str, ...]
+    fingerprint: str
+    """A hash of the data; results on different data are never compared."""
+    tokens_per_sample: int
+
+    def prepare(self, seed: int) -> None: ...
+
+    def model(self, seed: int) -> nn.Module:
+        """A freshly initialised model; the global generators are left as they were."""
+        ...
+
+    def domain_of(self, index: Tensor) -> Tensor:
+        """(B,) int64 -> (B,) int64, positions in ``domains``."""
+        ...
+
+    def order(self, epoch: int, generator: torch.Generator) -> Tensor:
+        """The default order of an epoch, (n,) int64, a function of the epoch and the generator's seed."""
+        ...
+
+    def losses(self, model: nn.Module, batch: Any) -> tuple[Tensor, Any]:
+        """The loss of each sample, (B,) float32, and the model's outputs."""
+        ...
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """Metrics on held-out data by name, ``metric`` among them."""
+        ...
+
+    def references(self) -> dict[str, dict[str, float]]:
+        """Values of the metric that simple known methods reach, by method and domain."""
+        ...
+
+    def page(self, model: nn.Module, seed: int) -> dict[str, Any]:
+        """What the report page shows of this task: generated samples, annotated passages."""
+        ...
+
+    def read(self, model: nn.Module, passage: dict[str, Any]) -> None:
+        """Run the model over a passage of ``page``, so that methods can watch it."""
+        ...

@@ -1,0 +1,130 @@
+"""What expert layers account for is what was really multiplied, forward and backward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import sparing
+from sparing.core.flops import count, matmul_flops
+from sparing.core.ledger import Ledger
+from sparing.experts.layer import ExpertLayer, expert_layers
+
+IDS = torch.arange(120).reshape(4, 30) % 61
+
+
+def counting() -> FlopCounterMode:
+    """Torch's counter, with the in-place products of the loop over experts, which it misses."""
+
+    def in_place(y: list[int], a: list[int], b: list[int], **_: Any) -> int:
+        return matmul_flops(a[0], a[1], b[1])
+
+    return FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: in_place})
+
+
+def layer_of(method: Any, *, gated: bool = True) -> ExpertLayer:
+    from sparing.experts.experts import Experts
+
+    torch.manual_seed(0)
+    experts = Experts(
+        32, 48, method.slots, gated=gated, bias=not gated, activation="silu" if gated else "gelu"
+    )
+    return ExpertLayer(method.router(32), experts).train()
+
+
+METHODS = [
+    pytest.param(lambda: sparing.TopK(experts=6, k=1), id="top-1"),
+    pytest.param(lambda: sparing.TopK(experts=6, k=3), id="top-3"),
+    pytest.param(lambda: sparing.TopAny(max_experts=6), id="top-any"),
+    pytest.param(lambda: sparing.TopAny(max_experts=6, start_experts=4), id="four of six"),
+    pytest.param(lambda: sparing.TopAny(max_experts=6, published=True), id="published"),
+]
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("make", METHODS)
+def test_routed_rows_and_router_agree_with_torchs_counter(make: Any, gated: bool) -> None:
+    layer = layer_of(make(), gated=gated)
+    spent = measured = 0
+    for seed in range(3):
+        x = torch.randn(200, 32, generator=torch.Generator().manual_seed(seed), requires_grad=True)
+        with counting() as counter:
+            y = layer(x)
+            (y.square().sum() + sparing.router_loss(nn.ModuleList([layer]))).backward()
+        measured += counter.get_total_flops()
+        spent += layer.take_flops()[0]
+    assert measured > 0
+    assert spent == pytest.approx(measured, rel=0.01)
+
+
+def test_only_rows_that_were_routed_are_spent() -> None:
+    layer = layer_of(sparing.TopK(experts=6, k=2))
+    x = torch.randn(50, 32, requires_grad=True)
+    with counting() as forward:
+        y = layer(x)
+    with counting() as backward:
+        y.sum().backward()
+    layer.take_losses()
+    products = layer.experts.flops(100)
+    router = 2 * 50 * 32 * 6
+    assert forward.get_total_flops() == products + router
+    assert backward.get_total_flops() == 2 * (products + router)
+    spent, dense = layer.take_flops()
+    assert (spent, dense) == (3 * (products + router), 3 * layer.experts.flops(300))
+    assert layer.take_flops() == (0, 0), "taken once"
+
+
+def test_evaluation_and_recomputation_spend_nothing() -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    layer, x = layer_of(sparing.TopK(experts=6, k=2)), torch.randn(50, 32, requires_grad=True)
+    layer(x).sum().backward()
+    once = layer.take_flops()
+    checkpoint(layer, x, use_reentrant=False).sum().backward()
+    assert layer.take_flops() == once
+    layer.eval()
+    layer(x)
+    assert layer.take_flops() == (0, 0)
+
+
+@pytest.mark.parametrize("make", METHODS)
+def test_a_whole_model_agrees_with_torchs_counter(make: Any) -> None:
+    config = transformers.LlamaConfig(
+        vocab_size=61,
+        hidden_size=48,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    method = make()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = transformers.LlamaForCausalLM(config)
+    sparing.moefy_(model, method)
+    model.train()
+
+    def loss() -> torch.Tensor:
+        value: torch.Tensor = model(input_ids=IDS, labels=IDS).loss
+        return value
+
+    static = count(model, loss)
+    assert not any("experts" in name or "router" in name for name in static.by_module)
+    assert [layer.take_flops() for layer in expert_layers(model)] == [(0, 0)] * 2, "left no trace"
+    with sdpa_kernel(SDPBackend.MATH), counting() as counter:
+        (loss() + sparing.router_loss(model)).backward()
+    ledger = Ledger()
+    ledger.add("flops", spent=static.total)
+    method.bind(model=model)
+    method.account(ledger)
+    measured = counter.get_total_flops()
+    assert measured > static.total
+    assert ledger.spent("flops") == pytest.approx(measured, rel=0.01)
+    # every expert on every token would have cost more, by what was left out
+    assert ledger.dense("flops") > ledger.spent("flops")
