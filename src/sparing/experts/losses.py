@@ -1,0 +1,119 @@
+"""Auxiliary losses of routers, as pure functions. All skip padding and inactive experts.
+
+Shapes throughout: T tokens, E expert slots; active: (E,) bool; mask: (T,) bool or None.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparing.core.errors import RequestError
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class LossWeights:
+    """The coefficient of each auxiliary loss; 0 leaves the loss out of the computation."""
+
+    diversity: float = 0.0
+    simplicity: float = 0.0
+    balance: float = 0.0
+    z: float = 0.0
+    efficiency: float = 0.0
+    target_k: float = 0.0
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            if not getattr(self, f.name) >= 0:
+                raise RequestError(
+                    f"the coefficient of the {f.name} loss must be at least 0, "
+                    f"got {getattr(self, f.name)}"
+                )
+
+    def weigh(self, name: str, value: Tensor) -> Tensor:
+        """The loss times its coefficient."""
+        weighted: Tensor = getattr(self, name) * value
+        return weighted
+
+
+def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean over axis 0 of values: (T, ...) where mask is True; 0 if nothing is."""
+    if mask is None:
+        return values.sum(0) / max(values.shape[0], 1)
+    kept = values * mask.reshape(-1, *[1] * (values.ndim - 1))
+    return kept.sum(0) / mask.sum().clamp_min(1)
+
+
+def diversity(similarity: Tensor, active: Tensor) -> Tensor:
+    """Mean squared cosine between the rows of different active experts; similarity: (E, d)."""
+    rows = F.normalize(similarity[active], dim=1)
+    count = rows.shape[0]
+    if count < 2:
+        return rows.sum() * 0
+    gram = rows @ rows.t()
+    return (gram.square().sum() - gram.diagonal().square().sum()) / (count * (count - 1))
+
+
+def simplicity(similarity: Tensor, active: Tensor) -> Tensor:
+    """Mean norm of the active experts' rows; similarity: (E, d)."""
+    return similarity[active].norm(dim=1).mean()
+
+
+def published_diversity(similarity: Tensor, active: Tensor) -> Tensor:
+    """DynMoE as released: Frobenius norm of the normalised rows' Gram matrix minus identity."""
+    rows = F.normalize(similarity, dim=1)
+    off = rows @ rows.t() - torch.eye(rows.shape[0], dtype=rows.dtype, device=rows.device)
+    both = active.to(rows.dtype)
+    return torch.linalg.norm(off * both[:, None] * both[None, :])
+
+
+def published_simplicity(similarity: Tensor) -> Tensor:
+    """DynMoE as released: mean norm of the rows of all slots, inactive ones too."""
+    return similarity.norm(dim=1).mean()
+
+
+def published_balance(gates: Tensor, mask: Tensor | None = None) -> Tensor:
+    """DynMoE as released (DeepSpeed form); gates: (T, E) in {0, 1}, straight-through.
+
+    Over tokens with an open gate: mean_e(mean_t(g/k) mean_t(g)) E^2, with E the number of slots.
+    """
+    opened = gates.detach().sum(1)
+    served = opened > 0 if mask is None else (opened > 0) & mask
+    share = masked_mean(gates / opened.clamp_min(1)[:, None], served)
+    load = masked_mean(gates, served)
+    return (share * load).mean() * gates.shape[1] ** 2
+
+
+def balance(scores: Tensor, chosen: Tensor, active: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Switch form, 1 when balanced: E_active sum_e f_e P_e (Fedus et al. 2022, eq. 4).
+
+    scores: (T, E) non-negative, differentiable; chosen: (T, E) bool. f_e is the share of all rows
+    that expert e takes (no gradient), P_e the mean share of the scores that it gets.
+    """
+    live = scores * active
+    share = live / live.sum(1, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny)
+    rows = chosen if mask is None else chosen & mask[:, None]
+    load = rows.sum(0).to(scores.dtype)
+    fraction = load / load.sum().clamp_min(1)
+    return active.sum() * (fraction * masked_mean(share, mask)).sum()
+
+
+def z(logits: Tensor, active: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Mean squared log-sum-exp of the logits (T, E) of active experts (Zoph et al. 2022, eq. 5)."""
+    live = logits.masked_fill(~active, -torch.inf)
+    return masked_mean(live.logsumexp(1).square(), mask)
+
+
+def efficiency(gates: Tensor, active: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Mean share of active experts that a token takes; gates: (T, E), straight-through."""
+    return masked_mean((gates * active).sum(1), mask) / active.sum().clamp_min(1)
+
+
+def target_k(gates: Tensor, target: float, mask: Tensor | None = None) -> Tensor:
+    """Squared distance of the mean number of open gates from a target; gates: (T, E)."""
+    return (masked_mean(gates.sum(1), mask) - target).square()

@@ -1,0 +1,70 @@
+"""Hands a model's padding mask to its expert layers."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, final
+
+from torch import Tensor, nn
+
+from sparing.experts.layer import ExpertLayer
+
+ELSEWHERE = ("vision", "visual", "image", "audio", "speech")
+"""Names of towers whose tokens the mask of the text does not describe."""
+
+
+@final
+class MaskHook:
+    """A forward pre-hook that begins a pass of all expert layers with the pass's padding mask.
+
+    It takes the argument ``attention_mask`` if that is (B, S); anything not above 0 is padding.
+    Masks of other shapes say which token sees which, not which is real: then all are real.
+
+    The mask stays until the next pass, since activation checkpointing repeats a layer in backward:
+    with checkpointing and padding, call backward before the next forward.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        """``module``: what the hook will be registered on."""
+        parameters = list(inspect.signature(module.forward).parameters)
+        known = "attention_mask" in parameters
+        self.position = parameters.index("attention_mask") if known else -1
+        self.text: list[ExpertLayer] = []
+        self.other: list[ExpertLayer] = []
+
+    def serve(self, layers: list[ExpertLayer]) -> None:
+        """Serve ``layers`` from now on."""
+        self.other = [layer for layer in layers if _elsewhere(layer.name)]
+        self.text = [layer for layer in layers if not _elsewhere(layer.name)]
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Called by ``module`` before its forward."""
+        mask = kwargs.get("attention_mask")
+        if mask is None and 0 <= self.position < len(args):
+            mask = args[self.position]
+        mask = mask > 0 if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        for layer in self.text:
+            layer.begin(mask)
+        for layer in self.other:
+            layer.begin(None)
+
+
+def _elsewhere(path: str) -> bool:
+    return any(word in part for part in path.lower().split(".") for word in ELSEWHERE)
+
+
+def attend_(model: nn.Module, layers: list[ExpertLayer]) -> None:
+    """Hook ``model`` so that ``layers`` (all that it has) get its masks; repeatable.
+
+    The hook sits on the body that all heads share, since that is called with or without a head.
+    """
+    body = getattr(model, "base_model", model)
+    within = set(body.modules()) if isinstance(body, nn.Module) else set()
+    target = body if within.issuperset(layers) else model
+    hooks = [hook for hook in target._forward_pre_hooks.values() if isinstance(hook, MaskHook)]
+    if hooks:
+        hooks[0].serve(layers)
+        return
+    hook = MaskHook(target)
+    hook.serve(layers)
+    target.register_forward_pre_hook(hook, with_kwargs=True)

@@ -1,0 +1,222 @@
+"""What all methods that route tokens to experts have in common."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from sparing.core.clock import Clock
+from sparing.core.errors import RequestError
+from sparing.core.ledger import Ledger
+from sparing.core.method import Batch, Context, Method, Setup, Signal
+from sparing.experts.controller import ExpertController
+from sparing.experts.layer import ExpertLayer, expert_layers
+from sparing.experts.router import Router
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertOptions:
+    """Options of every routed method: which blocks become experts, and of what size.
+
+    where: names, globs or layer indices of the feed-forward blocks; None is all of them.
+    width: hidden units of each expert; None is the dense block's own width with ``init="copy"``,
+    and that width divided by the experts a token takes on average with ``init="fresh"``.
+    init: experts start ``fresh`` or each as a ``copy`` of the dense block.
+    """
+
+    where: Any = None
+    width: int | None = None
+    init: Literal["fresh", "copy"] = "fresh"
+
+    def __post_init__(self) -> None:
+        if self.width is not None and self.width < 1:
+            raise RequestError(f"width must be at least 1, got {self.width}")
+        if self.init not in ("fresh", "copy"):
+            raise RequestError(f'init must be "fresh" or "copy", got "{self.init}"')
+        if isinstance(self.where, tuple):
+            object.__setattr__(self, "where", list(self.where))
+
+
+class RoutedExperts(Method, abc.ABC):
+    """Abstract: replaces feed-forward blocks by expert layers and looks after them."""
+
+    loss_stage: ClassVar[Literal["sample", "weight", "batch"]] = "batch"
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.layers: list[ExpertLayer] = []
+        self.controller: ExpertController | None = None
+        self.events: list[dict[str, Any]] = []
+        self._seed = 0
+        self._probe: Callable[[], Tensor] | None = None
+        self._waiting: dict[str, Any] | None = None
+
+    @abc.abstractmethod
+    def router(self, dim: int, seed: int = 0) -> Router:
+        """A new router for tokens of size ``dim``."""
+
+    @property
+    @abc.abstractmethod
+    def slots(self) -> int:
+        """How many expert slots each layer has."""
+
+    @property
+    @abc.abstractmethod
+    def expected_k(self) -> float:
+        """Experts per token to plan with."""
+
+    def prepare(self, model: nn.Module, setup: Setup) -> nn.Module:
+        from sparing.experts.moefy import moefy_
+
+        options = self.options
+        if not expert_layers(model):
+            moefy_(
+                model,
+                self,
+                where=options.where,
+                experts=options.init,
+                width=options.width,
+                seed=setup.seed,
+            )
+        self._seed = setup.seed
+        self._own(model)
+        return model
+
+    def bind(
+        self,
+        *,
+        size: int | None = None,
+        epochs: int | None = None,
+        steps: int | None = None,
+        seed: int = 0,
+        model: nn.Module | None = None,
+        probe: Callable[[], Tensor] | None = None,
+    ) -> None:
+        self._probe = probe
+        self._seed = seed
+        if model is not None:
+            self._own(model)
+        if self.controller is not None and steps is not None:
+            self.controller.plan(steps)
+
+    def _own(self, model: nn.Module) -> None:
+        layers = expert_layers(model)
+        if layers == self.layers:
+            return
+        self.layers = layers
+        self.controller = ExpertController(
+            [(layer.name, layer) for layer in layers],
+            getattr(self.options, "adapt", None),
+            seed=self._seed,
+        )
+        if self._waiting is not None:
+            self.controller.load_state_dict(self._waiting)
+            self._waiting = None
+
+    def batch(self, batch: Batch, context: Context) -> Batch:
+        names = context.extra.get("domains")
+        for layer in self.layers:
+            layer.domain = context.domain
+            layer.domains = len(names) if names else 0
+            if layer.domains == 0:
+                layer.domain = None
+        return batch
+
+    def loss(self, losses: Tensor, context: Context, outputs: Any) -> Tensor:
+        found = [value for layer in self.layers for value in layer.take_losses().values()]
+        return losses + torch.stack(found).sum() if found else losses
+
+    def step(self, clock: Clock, optimizer: torch.optim.Optimizer | None) -> None:
+        if clock.epoch_ended or self.controller is None:
+            return
+        self.events += self.controller.step(clock.step, optimizer, probe=self._probe)
+
+    def take_events(self) -> list[dict[str, Any]]:
+        taken, self.events = self.events, []
+        return taken
+
+    def touches(self) -> list[str]:
+        lines = []
+        for layer in self.layers:
+            size = sum(p.numel() for p in layer.parameters())
+            alive = int(layer.router.active.sum())
+            lines.append(
+                f"{layer.name}: feed-forward block becomes {alive} of {self.slots} experts of "
+                f"width {layer.experts.width}, {size:,} parameters"
+            )
+        return lines
+
+    def estimate(self, tokens: int) -> tuple[int, int]:
+        spent = dense = 0
+        for layer in self.layers:
+            alive = int(layer.router.active.sum())
+            layer.rows_spent = round(tokens * min(self.expected_k, alive))
+            layer.rows_dense, layer.tokens_spent = tokens * alive, tokens
+            once = layer.take_flops()
+            spent, dense = spent + once[0], dense + once[1]
+        return spent, dense
+
+    def export(self, model: nn.Module, path: Path) -> None:
+        from sparing.experts.storage import save
+
+        save(model, path)
+
+    def page(
+        self, model: nn.Module, passages: list[dict[str, Any]], read: Callable[[Any], Any]
+    ) -> dict[str, Any]:
+        controller = self.controller
+        if controller is None:
+            return {}
+        latest = controller.statistics()
+        return {
+            "history": controller.history.to_dict(),
+            "load": {n: p["domain_load"] for n, p in latest.items() if p["domain_load"]},
+            "k_counts": {n: p["k_counts"] for n, p in latest.items()},
+            "passages": [{**p, "k": self._experts_per_token(p, read)} for p in passages],
+        }
+
+    def _experts_per_token(self, passage: Any, read: Callable[[Any], Any]) -> list[float]:
+        """Experts that each token of the passage took, the mean over layers."""
+        seen: list[list[Tensor]] = [[] for _ in self.layers]
+        handles = [
+            layer.router.register_forward_hook(
+                lambda _m, _x, routing, into=into: into.append(routing.k)
+            )
+            for layer, into in zip(self.layers, seen, strict=True)
+        ]
+        try:
+            read(passage)
+        finally:
+            for handle in handles:
+                handle.remove()
+        stacked = torch.stack([torch.cat(parts) for parts in seen])  # (layers, tokens)
+        mean: list[float] = stacked.float().mean(0).tolist()
+        return mean
+
+    def account(self, ledger: Ledger) -> None:
+        for layer in self.layers:
+            spent, dense = layer.take_flops()
+            ledger.add("flops", spent=spent, dense=dense)
+
+    def signals(self) -> dict[str, Signal]:
+        return self.controller.signals() if self.controller is not None else {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "options": asdict(self.options),
+            "controller": self.controller.state_dict() if self.controller else None,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state["controller"] is None:
+            return
+        if self.controller is None:
+            self._waiting = state["controller"]
+        else:
+            self.controller.load_state_dict(state["controller"])

@@ -1,0 +1,75 @@
+"""What every router is: scores of E expert slots for T tokens, turned into a Routing."""
+
+from __future__ import annotations
+
+import abc
+import math
+
+import torch
+from torch import Tensor, nn
+
+from sparing.core.errors import RequestError
+from sparing.experts.routing import Routing
+
+
+class Router(nn.Module, abc.ABC):
+    """Owns the router's parameters and the set of active expert slots; final classes route.
+
+    similarity: (E, d) one row for each slot; active: (E,) bool, which slots hold an expert.
+    All slots are allocated from the start: switching a slot on or off never makes parameters.
+    """
+
+    similarity: nn.Parameter
+    active: Tensor
+
+    def __init__(self, dim: int, slots: int, start: int | None = None) -> None:
+        super().__init__()
+        if slots < 1:
+            raise RequestError(f"the number of experts must be at least 1, got {slots}")
+        start = slots if start is None else start
+        if not 1 <= start <= slots:
+            raise RequestError(f"experts to start with must be between 1 and {slots}, got {start}")
+        self.dim, self.slots_count = dim, slots
+        self.similarity = nn.Parameter(torch.empty(slots, dim))
+        self.register_buffer("active", torch.arange(slots) < start)
+
+    @abc.abstractmethod
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Routing:
+        """Route x: (T, d); mask: (T,) bool, False for padding, which gets no rows."""
+
+    @property
+    def tracks_outputs(self) -> bool:
+        """Whether routing needs running means of the experts' outputs."""
+        return False
+
+    def update_thresholds(self, load: Tensor, tokens: Tensor) -> None:
+        """Steer the load outside of forward; load: (E,), tokens: (), since the last step."""
+
+    def slots(self) -> dict[str, nn.Parameter]:
+        """The parameters whose axis 0 is the expert slot."""
+        return {"similarity": self.similarity}
+
+
+def exact(x: Tensor) -> Tensor:
+    """Routers compute in float32 whatever the activations' type; float64 is kept for checks."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def orthogonal_rows_(weight: Tensor, generator: torch.Generator) -> Tensor:
+    """Fill weight: (E, d) with rows of norm 1, orthogonal within each group of d rows."""
+    slots, dim = weight.shape
+    with torch.no_grad():
+        for first in range(0, slots, dim):
+            rows = min(dim, slots - first)
+            random = torch.randn(dim, rows, generator=generator)
+            weight[first : first + rows] = torch.linalg.qr(random).Q.t()
+    return weight
+
+
+def normal_(weight: Tensor, generator: torch.Generator) -> Tensor:
+    """Fill weight: (E, d) with a normal distribution of standard deviation 1/sqrt(d)."""
+    with torch.no_grad():
+        weight.copy_(
+            torch.randn(weight.shape, generator=generator) / math.sqrt(weight.shape[-1])
+        )
+    return weight

@@ -1,0 +1,1 @@
+"""Which updates, and how large?"""
