@@ -1,0 +1,138 @@
+"""Batches of a plan: the sample's identity travels with the batch, never by position."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, final
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+
+from sparing.core.errors import RequestError
+from sparing.core.method import Context, Plan
+
+
+@final
+class _Numbered(Dataset[Any]):
+    """Gives each sample together with its index and its place in the plan."""
+
+    def __init__(self, data: Any) -> None:
+        self.data = data
+
+    def __getitem__(self, place: tuple[int, int]) -> tuple[int, int, Any]:
+        position, index = place
+        return position, index, self.data[index]
+
+
+@final
+class _Collate:
+    def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
+        self.collate = collate
+
+    def __call__(self, rows: list[tuple[int, int, Any]]) -> tuple[Tensor, Tensor, Any]:
+        positions, indices, samples = zip(*rows, strict=True)
+        return torch.tensor(positions), torch.tensor(indices), self.collate(list(samples))
+
+
+def count(samples: int, batch_size: int, world: int = 1) -> int:
+    """Micro-batches of each rank: of the last samples, up to world - 1 cannot be shared equally."""
+    return -(-(samples - samples % world) // (batch_size * world))
+
+
+def share(number: int, samples: int, batch_size: int, rank: int = 0, world: int = 1) -> slice:
+    """The places in a plan of ``samples`` that this rank takes in micro-batch ``number``.
+
+    Every rank gets the same number of micro-batches, of the same sizes.
+    """
+    first = number * batch_size * world
+    each = (min(samples - samples % world, first + batch_size * world) - first) // world
+    return slice(first + rank * each, first + (rank + 1) * each)
+
+
+@final
+class _Order(Sampler[list[tuple[int, int]]]):
+    """Yields a micro-batch's (place, index) pairs when it is its turn, not all at once."""
+
+    def __init__(self, plan: Plan, groups: list[slice]) -> None:
+        self.plan, self.groups = plan, groups
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for group in self.groups:
+            yield list(enumerate(self.plan.index[group].tolist(), start=group.start))
+
+
+def batches(
+    data: Any,
+    plan: Plan,
+    *,
+    batch_size: int,
+    start: int = 0,
+    rank: int = 0,
+    world: int = 1,
+    collate: Callable[[list[Any]], Any] = default_collate,
+    workers: int = 0,
+) -> Iterator[tuple[Any, Context]]:
+    """The plan's micro-batches from number ``start`` on, each with its context.
+
+    A data set with a method ``batch(index)`` gives whole batches itself; any other map-style data
+    set is read through a DataLoader, by ``workers`` processes if asked.
+    """
+    numbers = range(start, count(len(plan), batch_size, world))
+    groups = [share(number, len(plan), batch_size, rank, world) for number in numbers]
+    weight = plan.weight
+    if hasattr(data, "batch"):
+        for group in groups:
+            index = plan.index[group]
+            yield data.batch(index), _context(index, None if weight is None else weight[group])
+        return
+    if plan.index.ndim == 2:
+        raise RequestError(
+            "a plan of pairs needs a data set that gives whole batches: a method batch(index)"
+        )
+    loader: DataLoader[Any] = DataLoader(
+        _Numbered(data),
+        batch_sampler=_Order(plan, groups),
+        collate_fn=_Collate(collate),
+        num_workers=workers,
+        generator=torch.Generator(),  # the loader's base seed: not drawn from the global one
+    )
+    for places, index, batch in loader:
+        yield batch, _context(index, None if weight is None else weight[places])
+
+
+def _context(index: Tensor, weight: Tensor | None) -> Context:
+    return Context.of(index, weight=weight)
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """Move all tensors of a nested batch."""
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, Mapping):
+        return {key: to_device(value, device) for key, value in batch.items()}
+    if isinstance(batch, list | tuple):
+        return type(batch)(to_device(value, device) for value in batch)
+    return batch
+
+
+def first_rows(batch: Any, rows: int, of: int) -> Any:
+    """The first ``rows`` of a nested batch whose tensors have ``of`` rows."""
+    if isinstance(batch, Tensor):
+        return batch[:rows] if batch.ndim and batch.shape[0] == of else batch
+    if isinstance(batch, Mapping):
+        return {key: first_rows(value, rows, of) for key, value in batch.items()}
+    if isinstance(batch, list | tuple):
+        return type(batch)(first_rows(value, rows, of) for value in batch)
+    return batch
+
+
+def token_count(batch: Any, context: Context) -> int:
+    """Real tokens of a batch: of its mask, else its ``input_ids``, else one for each sample."""
+    if context.mask is not None:
+        return int(context.mask.sum())
+    ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
+    return int(ids.numel()) if isinstance(ids, Tensor) else int(context.index.shape[0])

@@ -1,0 +1,492 @@
+"""Methods in a plain training loop, on Accelerate: one CPU, one GPU, DDP, FSDP.
+
+The session binds the methods' seams to the loop and owns nothing else; the loop stays yours::
+
+    session = sparing.Session(
+        model, [sparing.TopAny(max_experts=8)], data=train_set, batch_size=32, epochs=3,
+        optimizer=partial(torch.optim.AdamW, lr=3e-4),
+    )
+    for batch, context in session:
+        outputs = session.model(batch["x"])
+        losses = F.cross_entropy(outputs, batch["y"], reduction="none")  # one for each sample
+        session.step(losses, context, outputs)
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any, final
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import default_collate
+
+from sparing.core import flops, ranks
+from sparing.core.clock import Clock
+from sparing.core.errors import RequestError, RunError
+from sparing.core.ledger import Ledger
+from sparing.core.method import Context, Method, Plan, Setup, arrange, combine, implements
+from sparing.core.random_state import random_state, set_random_state_
+from sparing.hosts import loading
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+Losses = Callable[[nn.Module, Any], tuple[Tensor, Any]]
+PROBE_BATCHES = 2
+PROBE_ROWS = 4
+
+
+@final
+class Session:
+    """Binds methods to a plain loop.
+
+    Args:
+        model: changed in place by methods that prepare it; use ``session.model`` afterwards.
+        methods: constructed methods; their order and conflicts are checked here.
+        data: a map-style data set, or anything with ``batch(index)`` and a length.
+        optimizer: builds the optimizer from groups of named parameters: ``partial(AdamW, lr=1e-3)``.
+        losses: ``losses(model, batch) -> ((B,) losses, outputs)``. Optional: with it the session
+            tries one batch through every seam before any compute is spent, counts the FLOPs of
+            the model's dense part, and can show methods the loss of recent batches.
+        batch_size: samples of one micro-batch of one rank; ``accumulate`` of them make a step.
+        epochs, steps: when to stop, whichever comes first; at least one of them.
+        schedule: factor of the learning rate as a function of the share of steps done, [0, 1].
+        clip: largest global gradient norm, after the methods' ``grads`` seam.
+        order: ``order(epoch, generator) -> (n,)`` where no method plans; default a permutation.
+        domain_of, domains: the domain of samples by index, and the domains' names.
+        precision: "fp32" or "bf16" (autocast; weights and optimizer stay in fp32).
+
+    Raises RequestError for what cannot work, before anything is trained.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        methods: Iterable[Method] = (),
+        *,
+        data: Any,
+        optimizer: Callable[[Any], torch.optim.Optimizer],
+        losses: Losses | None = None,
+        batch_size: int = 1,
+        accumulate: int = 1,
+        epochs: int | None = None,
+        steps: int | None = None,
+        schedule: Callable[[float], float] | None = None,
+        clip: float | None = None,
+        order: Callable[[int, torch.Generator], Tensor] | None = None,
+        domain_of: Callable[[Tensor], Tensor] | None = None,
+        domains: tuple[str, ...] = (),
+        collate: Callable[[list[Any]], Any] = default_collate,
+        workers: int = 0,
+        seed: int = 0,
+        precision: str = "fp32",
+        accelerator: Accelerator | None = None,
+        dry_run: bool = True,
+    ) -> None:
+        _check(batch_size=batch_size, accumulate=accumulate, epochs=epochs, steps=steps)
+        if epochs is None and steps is None:
+            raise RequestError("a session needs an end: give epochs, steps, or both")
+        if precision not in ("fp32", "bf16"):
+            raise RequestError(f'precision must be "fp32" or "bf16", got "{precision}"')
+        if accelerator is None:
+            from accelerate import Accelerator
+
+            accelerator = Accelerator(cpu=not torch.cuda.is_available())
+        self.accelerator = accelerator
+        self.methods = arrange(methods)
+        self.data, self.batch_size, self.accumulate = data, batch_size, accumulate
+        self.seed, self.precision, self.clip = seed, precision, clip
+        self.domains = domains
+        self.ledger = Ledger()
+        self._losses, self._order, self._domain_of = losses, order, domain_of
+        self._schedule, self._collate, self._workers = schedule, collate, workers
+        self._recent: deque[Any] = deque(maxlen=PROBE_BATCHES)
+        self._static: dict[Any, int] = {}
+        self._plan: Plan | None = None
+        self._done = 0  # micro-batches of this epoch that were stepped over
+        self._size = len(data)
+        planned = self._planned_steps(epochs, steps)
+        self.clock = Clock(steps=planned, epochs=epochs)
+
+        setup = Setup(
+            seed=seed,
+            steps=planned,
+            dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
+            device=str(accelerator.device),
+            world_size=accelerator.num_processes,
+        )
+        for method in self.methods:
+            model = method.prepare(model, setup)
+        groups: list[dict[str, Any]] = [
+            {"params": [(n, p) for n, p in model.named_parameters() if p.requires_grad]}
+        ]
+        for method in self.methods:
+            groups = method.optimizer(model, groups)
+        if dry_run and losses is not None:
+            self._dry_run(model)
+        self.model, self.optimizer = accelerator.prepare(model, optimizer(groups))
+        for group in self.optimizer.param_groups:
+            group.setdefault("initial_lr", group["lr"])
+        for method in self.methods:
+            method.bind(
+                size=self._size,
+                epochs=epochs,
+                steps=planned,
+                seed=seed,
+                model=self.unwrapped,
+                probe=self._probe if losses is not None else None,
+            )
+        trained = sum(p.numel() for p in self.unwrapped.parameters() if p.requires_grad)
+        self.ledger.set_level("parameters", spent=trained)
+
+    # ---- the loop ----------------------------------------------------------------------------
+
+    @property
+    def unwrapped(self) -> nn.Module:
+        """The model without the wrappers of DDP and the like."""
+        plain: nn.Module = self.accelerator.unwrap_model(self.model)
+        return plain
+
+    @property
+    def finished(self) -> bool:
+        """Whether the planned steps or epochs are done."""
+        clock = self.clock
+        by_steps = clock.steps is not None and clock.step >= clock.steps
+        return by_steps or (clock.epochs is not None and clock.epoch >= clock.epochs)
+
+    def __iter__(self) -> Iterator[tuple[Any, Context]]:
+        """Micro-batches with their contexts until the planned end; resumes where it stood."""
+        while not self.finished:
+            plan = self._plan = self._plan or self._make_plan()
+            source = loading.batches(
+                self.data,
+                plan,
+                batch_size=self.batch_size,
+                start=self._done,
+                rank=self.accelerator.process_index,
+                world=self.accelerator.num_processes,
+                collate=self._collate,
+                workers=self._workers,
+            )
+            for batch, context in source:
+                yield self._begin(batch, context)
+                if self.finished:
+                    return
+            if self._plan is plan:  # a plan of no batch at all: the epoch is over
+                self._end_epoch()
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The precision of this session, for a forward pass of your own."""
+        if self.precision == "fp32":
+            return nullcontext()
+        return torch.autocast(self.accelerator.device.type, dtype=torch.bfloat16)
+
+    def forward(self, batch: Any) -> tuple[Tensor, Any]:
+        """Losses, (B,), and outputs of a batch by the session's ``losses``."""
+        if self._losses is None:
+            raise RequestError(
+                "this session was given no losses(model, batch); compute them yourself"
+            )
+        with self.autocast():
+            return self._losses(self.model, batch)
+
+    def loss(self, losses: Tensor, context: Context, outputs: Any = None) -> Tensor:
+        """The scalar to train on: terms per sample, then weights, then the mean, then the rest."""
+        return combine(self.methods, losses, context, outputs)
+
+    def step(self, losses: Tensor, context: Context, outputs: Any = None) -> float:
+        """Backward, and at the end of an accumulation the optimizer step and all that follows.
+
+        ``losses``: (B,), one for each sample. Returns their unweighted mean on this rank. Raises
+        RunError if it is not finite, before the optimizer has been touched.
+        """
+        mean = float(losses.detach().mean())
+        if not math.isfinite(mean):
+            raise RunError(self._diagnosis(losses, context))
+        total = loading.count(len(self._current_plan), self.batch_size, self._world)
+        first = self._done - self._done % self.accumulate
+        parts = min(self.accumulate, total - first)
+        self.accelerator.backward(self.loss(losses, context, outputs) / parts)
+        self._done += 1
+        if self._done - first == parts:
+            self._optimizer_step(context)
+        if self._done == total:
+            self._end_epoch()
+        return mean
+
+    @contextmanager
+    def evaluating(self) -> Iterator[nn.Module]:
+        """The unwrapped model as it should be evaluated, in evaluation mode and without gradient."""
+        model = self.unwrapped
+        training = model.training
+        with ExitStack() as stack:
+            for method in self.methods:
+                stack.enter_context(method.evaluating(model))
+            model.eval()
+            try:
+                with torch.no_grad(), self.autocast():
+                    yield model
+            finally:
+                model.train(training)
+
+    def signals(self) -> dict[str, dict[str, Any]]:
+        """What each method would have logged now."""
+        return {method.name: method.signals() for method in self.methods}
+
+    def account(self) -> Ledger:
+        """The account of all ranks together; ``ledger`` is this rank's. All ranks must call it."""
+        whole = Ledger()
+        for part in ranks.gather(self.ledger.to_dict()):
+            other = Ledger()
+            other.load_state_dict(part)
+            whole.merge(other)
+        return whole
+
+    def take_events(self) -> list[dict[str, Any]]:
+        """What the methods report since the last call, each with its method's name."""
+        return [
+            {"method": method.name, **event}
+            for method in self.methods
+            for event in method.take_events()
+        ]
+
+    # ---- state -------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that continues this session bit for bit: load it into one built the same way."""
+        plan = self._plan
+        return {
+            "model": self.unwrapped.state_dict(),
+            "optimizer": self._torch_optimizer.state_dict(),
+            "methods": {method.name: method.state_dict() for method in self.methods},
+            "clock": self.clock.state_dict(),
+            "ledger": self.ledger.state_dict(),
+            "plan": None if plan is None else {"index": plan.index, "weight": plan.weight},
+            "done": self._done,
+            "recent": list(self._recent),
+            "random": random_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises RequestError if the state is of other methods."""
+        saved, here = sorted(state["methods"]), sorted(m.name for m in self.methods)
+        if saved != here:
+            raise RequestError(
+                f"the saved state is of the methods {saved}, this session has {here}"
+            )
+        self.unwrapped.load_state_dict(state["model"])
+        self._torch_optimizer.load_state_dict(state["optimizer"])
+        for method in self.methods:
+            method.load_state_dict(state["methods"][method.name])
+        self.clock.load_state_dict(state["clock"])
+        self.ledger.load_state_dict(state["ledger"])
+        plan = state["plan"]
+        self._plan = None if plan is None else Plan(plan["index"], plan["weight"])
+        self._done = state["done"]
+        self._recent = deque(
+            (loading.to_device(b, self.accelerator.device) for b in state["recent"]),
+            maxlen=PROBE_BATCHES,
+        )
+        set_random_state_(state["random"])
+
+    # ---- inside ------------------------------------------------------------------------------
+
+    @property
+    def _torch_optimizer(self) -> torch.optim.Optimizer:
+        inner = getattr(self.optimizer, "optimizer", self.optimizer)
+        assert isinstance(inner, torch.optim.Optimizer)
+        return inner
+
+    @property
+    def _world(self) -> int:
+        return int(self.accelerator.num_processes)
+
+    @property
+    def _current_plan(self) -> Plan:
+        if self._plan is None:
+            raise RequestError("step() belongs inside the loop: for batch, context in session: ...")
+        return self._plan
+
+    def _planned_steps(self, epochs: int | None, steps: int | None) -> int:
+        if self._size == 0:
+            raise RequestError("the data set is empty: there is nothing to train on")
+        if epochs is None:
+            assert steps is not None
+            return steps
+        length = self._size if self._order is None else len(self._default_order(0))
+        batches = loading.count(length, self.batch_size, self._world)
+        by_epochs = epochs * math.ceil(batches / self.accumulate)
+        return by_epochs if steps is None else min(steps, by_epochs)
+
+    def _default_order(self, epoch: int) -> Tensor:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        if self._order is not None:
+            return self._order(epoch, generator)
+        return torch.randperm(self._size, generator=generator)
+
+    def _make_plan(self) -> Plan:
+        plans = [p for p in (m.order(self.clock) for m in self.methods) if p is not None]
+        if len(plans) > 1:
+            raise RequestError(
+                "more than one method plans the order of samples; attach one of them"
+            )
+        plan = plans[0] if plans else Plan(self._default_order(self.clock.epoch))
+        ranks.agree("the plan of the epoch", plan.index)
+        return plan
+
+    def _begin(self, batch: Any, context: Context) -> tuple[Any, Context]:
+        batch = loading.to_device(batch, self.accelerator.device)
+        mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+        if isinstance(mask, Tensor) and mask.ndim == 2:
+            context.mask = mask.bool()
+        if self._domain_of is not None and context.index.shape[1] == 1:
+            context.domain = self._domain_of(context.index[:, 0])
+            context.extra["domains"] = self.domains
+        for method in self.methods:
+            batch = method.batch(batch, context)
+        self._count(batch, context)
+        self._recent.append(batch)
+        self.model.train()
+        return batch, context
+
+    def _count(self, batch: Any, context: Context) -> None:
+        samples, tokens = context.index.shape[0], loading.token_count(batch, context)
+        self.ledger.add("samples", spent=samples)
+        self.ledger.add("tokens", spent=tokens)
+        self.ledger.add("flops", spent=self._dense_flops(batch))
+        everyone = torch.tensor([samples, tokens], dtype=torch.int64)
+        ranks.sum_([everyone])
+        self.clock.samples += int(everyone[0])
+        self.clock.tokens += int(everyone[1])
+
+    def _dense_flops(self, batch: Any) -> int:
+        """FLOPs of the parts that no method accounts for, counted once for each shape."""
+        losses = self._losses
+        if losses is None:
+            return 0
+        key = _shapes(batch)
+        if key not in self._static:
+            model = self.unwrapped
+            self._static[key] = flops.count(model, lambda: losses(model, batch)[0].mean()).total
+        return self._static[key]
+
+    def _optimizer_step(self, context: Context) -> None:
+        optimizer = self._torch_optimizer
+        self.accelerator.unscale_gradients(self.optimizer)
+        for method in self.methods:
+            if implements(method, "grads"):
+                method.grads(self.unwrapped.named_parameters(), context)
+        if self.clip is not None:
+            torch.nn.utils.clip_grad_norm_(self.unwrapped.parameters(), self.clip)
+        if self._schedule is not None:
+            factor = self._schedule(self.clock.fraction)
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * factor
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.clock.step += 1
+        for method in self.methods:
+            method.step(self.clock, optimizer)
+            method.account(self.ledger)
+
+    def _end_epoch(self) -> None:
+        self.clock.epoch_ended = True
+        for method in self.methods:
+            method.step(self.clock, self._torch_optimizer)
+        self.clock.epoch_ended = False
+        self.clock.epoch += 1
+        self._plan, self._done = None, 0
+
+    def _probe(self) -> Tensor:
+        """Mean loss over a few rows of the latest batches, the same number on every rank."""
+        assert self._losses is not None
+        found = []
+        with self.evaluating() as model:
+            for batch in self._recent:
+                rows = _rows(batch)
+                part = loading.first_rows(batch, min(rows, PROBE_ROWS), rows)
+                found.append(self._losses(model, part)[0].float().mean())
+        mean = torch.stack(found).mean()
+        ranks.mean_([mean])
+        return mean
+
+    def _dry_run(self, model: nn.Module) -> None:
+        """One batch through every seam, on copies: what would fail at step 1, or 1000, fails now."""
+        assert self._losses is not None
+        clock = copy.copy(self.clock)
+        kept = random_state()
+        model, methods = copy.deepcopy((model, self.methods))
+        try:
+            planned = [p for p in (m.order(clock) for m in methods) if p is not None]
+            plan = planned[0] if planned else Plan(self._default_order(0))
+            rows = Plan(plan.index[: self.batch_size])
+            batch, context = next(
+                loading.batches(self.data, rows, batch_size=self.batch_size, collate=self._collate)
+            )
+            device = self.accelerator.device
+            model.to(device).train()
+            batch = loading.to_device(batch, device)
+            for method in methods:
+                method.bind(size=self._size, steps=clock.steps, seed=self.seed, model=model)
+                batch = method.batch(batch, context)
+            with self.autocast():
+                losses, outputs = self._losses(model, batch)
+            if losses.shape != context.index.shape[:1]:
+                raise RequestError(
+                    f"losses(model, batch) must give one loss for each of the "
+                    f"{context.index.shape[0]} samples, got shape {tuple(losses.shape)}; "
+                    'reduce over everything but the batch (reduction="none")'
+                )
+            if not torch.isfinite(losses).all():
+                raise RequestError(
+                    f"the first batch's losses are not finite: {losses.detach().tolist()}; "
+                    "check the data and the model's initialisation"
+                )
+            combine(methods, losses, context, outputs).backward()
+            for method in methods:
+                method.grads(model.named_parameters(), context)
+        finally:
+            set_random_state_(kept)
+
+    def _diagnosis(self, losses: Tensor, context: Context) -> str:
+        bad = (~torch.isfinite(losses.detach())).nonzero().flatten().tolist() or list(
+            range(losses.numel())
+        )
+        where = f"samples {context.index[bad].flatten().tolist()[:8]}"
+        if context.domain is not None and self.domains:
+            names = sorted({self.domains[int(d)] for d in context.domain[bad]})
+            where += f" of {', '.join(names)}"
+        return (
+            f"the loss is not finite at step {self.clock.step + 1} ({where}); the optimizer was "
+            "not stepped. Lower the learning rate, or look at these samples"
+        )
+
+
+def _check(**counts: int | None) -> None:
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            raise RequestError(f"{name} must be at least 1, got {value}")
+
+
+def _rows(batch: Any) -> int:
+    if isinstance(batch, Tensor):
+        return int(batch.shape[0])
+    values = batch.values() if isinstance(batch, Mapping) else batch
+    return next(
+        _rows(value) for value in values if isinstance(value, Tensor | Mapping | list | tuple)
+    )
+
+
+def _shapes(batch: Any) -> Any:
+    if isinstance(batch, Tensor):
+        return tuple(batch.shape)
+    if isinstance(batch, Mapping):
+        return tuple((key, _shapes(value)) for key, value in batch.items())
+    if isinstance(batch, list | tuple):
+        return tuple(_shapes(value) for value in batch)
+    return None

@@ -1,0 +1,321 @@
+"""Runs a recipe: a loop over a Session, with a run directory that survives a kill at any point."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import math
+import time
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from torch import nn
+
+from sparing.core.errors import RequestError, RunError
+from sparing.hosts.session import Session
+from sparing.run import record
+from sparing.run.directory import RunDirectory
+from sparing.run.optim import optimizer, schedule
+from sparing.run.precision import probe
+from sparing.run.progress import Display, Quiet, signal_values
+from sparing.run.recipe import Recipe
+
+EXTRAS = {
+    "hf": ("transformers",),
+    "report": ("jinja2", "matplotlib"),
+}
+"""The modules that tell whether an extra is installed."""
+
+
+def check_extras(recipe: Recipe) -> None:
+    """Raise RequestError for an extra that the recipe needs and this environment lacks."""
+    for extra in recipe.needs:
+        for module in EXTRAS.get(extra, ()):
+            if importlib.util.find_spec(module) is None:
+                raise RequestError(
+                    f'the recipe "{recipe.name}" needs {module}, which is not installed; '
+                    f'run: pip install "sparing[{extra}]"'
+                )
+
+
+def planned_steps(recipe: Recipe, task: Any, world: int = 1) -> int | None:
+    """Optimizer steps of the recipe's token budget, None if its epochs are the only budget."""
+    train = recipe.train
+    if train.tokens is None:
+        return None
+    per_step = train.batch_size * train.accumulate * world * task.tokens_per_sample
+    if train.tokens < per_step:
+        raise RequestError(
+            f"train.tokens is {train.tokens}, less than one step of {per_step} tokens "
+            "(batch_size x accumulate x tokens per sample); raise it, or lower train.batch_size"
+        )
+    return train.tokens // per_step
+
+
+def run(
+    recipe: Recipe,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    display: Display | None = None,
+    page: bool = True,
+) -> dict[str, Any]:
+    """Train the recipe into the directory ``out`` and return its summary.
+
+    Raises RequestError before anything is spent if the request is wrong, RunError if the run
+    failed; the last checkpoint is kept, and ``resume`` goes on from it to the same result as if
+    nothing had happened (bit for bit on one CPU).
+    """
+    check_extras(recipe)
+    directory = RunDirectory(out)
+    if recipe.train.threads is not None:
+        torch.set_num_threads(recipe.train.threads)
+    recipe = directory.claim(recipe, resume=resume)
+    try:
+        return _Run(recipe, directory, display or Quiet(), resume=resume).go(page=page)
+    finally:
+        directory.close()
+
+
+@final
+class _Run:
+    def __init__(
+        self, recipe: Recipe, directory: RunDirectory, display: Display, *, resume: bool
+    ) -> None:
+        self.recipe, self.directory, self.display = recipe, directory, display
+        self.resume = resume
+        self.seconds = 0.0
+        self.probed: dict[str, float] = {}
+        self.task = recipe.build_task()
+        display.note(f"{recipe.name}: loading {recipe.task['name']}")
+        self.task.prepare(recipe.seed)
+        self.session = self._session()
+
+    def _session(self) -> Session:
+        recipe, task, train = self.recipe, self.task, self.recipe.train
+        model: nn.Module = task.model(recipe.seed)
+        if train.precision == "auto":
+            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            index = torch.arange(min(train.batch_size, len(task.train)))
+            self.probed = probe(model, task.losses, task.train.batch(index), device)
+            chosen = min(self.probed, key=lambda name: self.probed[name])
+            self.recipe = recipe = dataclasses.replace(
+                recipe,
+                train=dataclasses.replace(train, precision=chosen),  # type: ignore[arg-type]
+            )
+            self.directory.write_recipe(recipe)
+            self.display.note(
+                "precision: "
+                + ", ".join(f"{name} {1000 * s:.0f} ms" for name, s in self.probed.items())
+                + f" a batch; taking {chosen}"
+            )
+        return Session(
+            model,
+            recipe.build_methods(),
+            data=task.train,
+            losses=task.losses,
+            optimizer=optimizer(train),
+            schedule=schedule(train),
+            batch_size=train.batch_size,
+            accumulate=train.accumulate,
+            steps=planned_steps(recipe, task),
+            epochs=train.epochs,
+            clip=train.clip,
+            order=task.order,
+            domain_of=task.domain_of,
+            domains=task.domains,
+            seed=recipe.seed,
+            precision=recipe.train.precision,
+        )
+
+    def go(self, *, page: bool) -> dict[str, Any]:
+        session, clock = self.session, self.session.clock
+        steps = clock.steps
+        assert steps is not None
+        if self.resume:
+            self._restore()
+        self.directory.rewind(clock.step)
+        watch = self.recipe.watch
+        every = {
+            name: max(1, round(getattr(watch, name) * steps))
+            for name in ("evaluate", "checkpoint", "log")
+        }
+        self.display.start(self.recipe.name, steps, clock.step)
+        begun, before = time.monotonic(), self.seconds
+        lately = _Lately()
+        try:
+            for batch, context in session:
+                losses, outputs = session.forward(batch)
+                step = clock.step
+                lately.add(session.step(losses, context, outputs), clock.tokens)
+                if clock.step == step:
+                    continue  # within an accumulation
+                self.seconds = before + time.monotonic() - begun
+                self._report(lately, force=clock.step % every["log"] == 0 or clock.step == steps)
+                if clock.step % every["evaluate"] == 0 and clock.step < steps:
+                    self._evaluate()
+                    self.seconds = before + time.monotonic() - begun
+                if clock.step % every["checkpoint"] == 0:
+                    self._save()
+        except RunError as error:
+            raise RunError(f"{error}. {self._kept()}") from error
+        finally:
+            self.display.stop()
+        self.seconds = before + time.monotonic() - begun
+        metrics = self._evaluate()
+        self._save()
+        return self._finish(metrics, page=page)
+
+    # ---- while it runs -----------------------------------------------------------------------
+
+    def _report(self, lately: _Lately, *, force: bool) -> None:
+        session, clock = self.session, self.session.clock
+        for event in session.take_events():
+            self._log_event(event)
+        signals = session.signals()
+        shown = {
+            "loss": f"{lately.loss:.3f}",
+            "tokens/s": f"{lately.speed:,.0f}",
+            **signal_values(signals),
+        }
+        self.display.update(clock.step, shown)
+        if force:
+            self.directory.log(
+                "train",
+                step=clock.step,
+                epoch=clock.epoch,
+                samples=clock.samples,
+                tokens=clock.tokens,
+                flops=session.ledger.spent("flops"),
+                loss=lately.take(),
+                tokens_per_second=lately.speed,
+                seconds=self.seconds,
+                learning_rate=session.optimizer.param_groups[0]["lr"],
+                signals=signals,
+            )
+
+    def _log_event(self, event: dict[str, Any]) -> None:
+        told = {key: value for key, value in event.items() if key != "kind"}
+        self.directory.log(
+            "event", event=event["kind"], **{"step": self.session.clock.step, **told}
+        )
+        self.display.note(
+            f"step {told.get('step')}: {event['kind']}, "
+            f"{told.get('layer', '')} {told.get('expert', '')}: {told.get('why', '')}"
+        )
+
+    def _evaluate(self) -> dict[str, float]:
+        session = self.session
+        with session.evaluating() as model:
+            metrics: dict[str, float] = self.task.evaluate(model)
+        self.directory.log(
+            "eval",
+            step=session.clock.step,
+            tokens=session.clock.tokens,
+            flops=session.ledger.spent("flops"),
+            **metrics,
+        )
+        name = self.task.metric
+        self.display.note(f"step {session.clock.step}: {name} {metrics[name]:.4f}")
+        return metrics
+
+    def _save(self) -> None:
+        state = {"session": self.session.state_dict(), "seconds": self.seconds}
+        about = {
+            "recipe": self.recipe.to_dict(),
+            "fingerprint": self.task.fingerprint,
+            "probed": self.probed,
+        }
+        self.directory.checkpoints.write(self.session.clock.step, state, about)
+
+    def _restore(self) -> None:
+        newest = self.directory.checkpoints.newest()
+        if newest is None:
+            self.display.note("no checkpoint was written yet; starting from the beginning")
+            return
+        _, state, about = newest
+        if about["fingerprint"] != self.task.fingerprint:
+            raise RequestError(
+                f"the run in {self.directory.path} was trained on other data (its hash is "
+                f"{about['fingerprint'][:12]}, here it is {self.task.fingerprint[:12]}); "
+                "resume it where its data is, or start a new run by --out"
+            )
+        self.session.load_state_dict(state["session"])
+        self.seconds = state["seconds"]
+        self.probed = about["probed"]
+
+    def _kept(self) -> str:
+        steps = sorted((self.directory.path / "checkpoint").glob("step-*"))
+        if not steps:
+            return "No checkpoint had been written yet"
+        return f"The last good checkpoint is kept: {steps[-1]}"
+
+    # ---- at the end --------------------------------------------------------------------------
+
+    def _finish(self, metrics: dict[str, float], *, page: bool) -> dict[str, Any]:
+        session, task = self.session, self.task
+        self.display.note("writing the model, the summary and the page")
+        with session.evaluating() as model:
+            shown = task.page(model, self.recipe.seed)
+            for method in session.methods:
+                method.export(model, self.directory.path / "model")
+                shown |= method.page(
+                    model, shown.get("passages", []), lambda passage: task.read(model, passage)
+                )
+        shown |= {"domains": list(task.domains), "references": task.references()}
+        shown["command"] = f"sparing run {self.recipe.name}"
+        self.directory.write_json("page.json", shown)
+        summary = {
+            "format": 1,
+            "recipe": self.recipe.name,
+            "task": task.name,
+            "corpus": task.fingerprint,
+            "seed": self.recipe.seed,
+            "metric": {
+                "name": task.metric,
+                "value": metrics[task.metric],
+                "higher_is_better": task.higher_is_better,
+            },
+            "metrics": metrics,
+            "methods": session.signals(),
+            "ledger": session.account().to_dict(),
+            "steps": session.clock.step,
+            "tokens": session.clock.tokens,
+            "seconds": round(self.seconds, 3),
+            "precision": {"chosen": self.recipe.train.precision, "probe_seconds": self.probed},
+            "environment": record.environment(),
+            "code": record.code_hash(),
+        }
+        self.directory.write_json("summary.json", summary)
+        if page:
+            from sparing.run import report
+
+            report.write(self.directory.path)
+        return summary
+
+
+@final
+class _Lately:
+    """A running loss and speed for the display, and the mean loss since the last log line."""
+
+    def __init__(self) -> None:
+        self.loss = math.nan
+        self.speed = 0.0
+        self._sum, self._count = 0.0, 0
+        self._then: tuple[float, int] | None = None
+
+    def add(self, loss: float, tokens: int) -> None:
+        self.loss = loss if math.isnan(self.loss) else 0.95 * self.loss + 0.05 * loss
+        self._sum, self._count = self._sum + loss, self._count + 1
+        now = time.monotonic()
+        if self._then is None:
+            self._then = (now, tokens)
+        elif now - self._then[0] > 1.0:
+            self.speed = (tokens - self._then[1]) / (now - self._then[0])
+            self._then = (now, tokens)
+
+    def take(self) -> float:
+        mean = self._sum / max(self._count, 1)
+        self._sum, self._count = 0.0, 0
+        return mean
