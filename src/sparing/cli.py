@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -65,7 +66,8 @@ def run_(
         wanted = load(recipe, set_ or [])
         base = Path("runs") / wanted.name
         where = out or (base if resume else free_path(base))
-        summary = run(wanted, where, resume=resume, display=display(quiet))
+        command = shlex.join(["sparing", *sys.argv[1:]])
+        summary = run(wanted, where, resume=resume, display=display(quiet), command=command)
         _show(summary, as_json, lambda: _summary_lines(summary, where))
 
 

@@ -1,4 +1,4 @@
-"""Writes checkpoints and dies: run as a script by test_state, because a kill needs a process."""
+"""Writes checkpoints and dies; test_state_writing runs it, because a kill needs a process."""
 
 from __future__ import annotations
 

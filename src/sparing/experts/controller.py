@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, final
+from typing import TYPE_CHECKING, Any, Literal, final
 
 import torch
 from torch import Tensor
@@ -44,14 +44,9 @@ if TYPE_CHECKING:
 Probe = Callable[[], "Tensor | float"]
 
 
-class Event(TypedDict):
-    """An expert was added or removed: at which optimizer step, in which layer, and why."""
-
-    step: int
-    kind: Literal["expert added", "expert removed"]
-    layer: str
-    expert: int
-    why: str
+Event = dict[str, Any]
+"""``step`` (optimizer step), ``kind`` ("expert added" or "expert removed"), ``layer`` (its name),
+``expert`` (the slot) and ``why``; plain data."""
 
 
 @final
@@ -209,7 +204,7 @@ class ExpertController:
                 found.append(("expert added", expert, need))
             course.pass_(removed=any(kind == "expert removed" for kind, *_ in found), rule=rule)
             events += [
-                Event(step=step, kind=kind, layer=name, expert=expert, why=why)
+                {"step": step, "kind": kind, "layer": name, "expert": expert, "why": why}
                 for kind, expert, why in found
             ]
         self._window = {name: self._tally(name) for name in self.names}

@@ -151,6 +151,7 @@ class Experts(nn.Module):
         return 2 * rows * self.width * (inputs + self.out_dim)
 
     def extra_repr(self) -> str:
+        """Sizes and kind, for ``print``."""
         kind = "gated" if self.gate is not None else "plain"
         return (
             f"{self.dim} -> {self.width} -> {self.out_dim}, slots={self.count}, {kind}, "
@@ -180,6 +181,4 @@ class Experts(nn.Module):
                 f"the routing is for {routing.counts.shape[0]} experts, the layer has {self.count}"
             )
         if routing.k.shape[0] != x.shape[0]:
-            raise RequestError(
-                f"the routing is for {routing.k.shape[0]} tokens, got {x.shape[0]}"
-            )
+            raise RequestError(f"the routing is for {routing.k.shape[0]} tokens, got {x.shape[0]}")

@@ -80,7 +80,11 @@ FAMILIES = (
     ),
     Family(name="Nemotron", kind="plain", up="up_proj", down="down_proj", act="act_fn"),
     Family(
-        name="ViT, DeiT, DINOv2, SigLIP, Phi", kind="plain", up="fc1", down="fc2", act="activation_fn"
+        name="ViT, DeiT, DINOv2, SigLIP, Phi",
+        kind="plain",
+        up="fc1",
+        down="fc2",
+        act="activation_fn",
     ),
     Family(
         name="timm",

@@ -15,6 +15,9 @@ from sparing.experts.gates import credit_closed_gates
 from sparing.experts.record import Record
 from sparing.experts.router import Router
 
+KEPT_LOSSES = 16
+"""Forward passes whose auxiliary losses wait to be taken."""
+
 
 @final
 class ExpertLayer(nn.Module):
@@ -56,9 +59,14 @@ class ExpertLayer(nn.Module):
         return f"name={self.name!r}, active={int(self.router.active.sum())}"
 
     def begin(self, mask: Tensor | None = None) -> None:
-        """A forward pass of the model begins: take its mask, drop losses that nobody took."""
+        """A forward pass of the model begins: take its mask.
+
+        Losses of training passes wait for ``take_losses``; of a loop that never takes them only
+        the latest few are kept, so that their graphs do not pile up.
+        """
         self.mask = mask
-        self.pending.clear()
+        if self.training:
+            del self.pending[: -KEPT_LOSSES or None]
 
     def forward(self, hidden: Tensor) -> Tensor:
         x = hidden.reshape(-1, hidden.shape[-1])

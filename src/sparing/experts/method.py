@@ -27,18 +27,22 @@ class ExpertOptions:
     where: names, globs or layer indices of the feed-forward blocks; None is all of them.
     width: hidden units of each expert; None is the dense block's own width with ``init="copy"``,
     and that width divided by the experts a token takes on average with ``init="fresh"``.
-    init: experts start ``fresh`` or each as a ``copy`` of the dense block.
+    init: experts start ``fresh`` or each as a ``copy`` of the dense block. zero_output: fresh
+    experts start with a last projection of zero, so that a block begins as its residual alone.
     """
 
     where: Any = None
     width: int | None = None
     init: Literal["fresh", "copy"] = "fresh"
+    zero_output: bool = False
 
     def __post_init__(self) -> None:
         if self.width is not None and self.width < 1:
             raise RequestError(f"width must be at least 1, got {self.width}")
         if self.init not in ("fresh", "copy"):
             raise RequestError(f'init must be "fresh" or "copy", got "{self.init}"')
+        if self.zero_output and self.init == "copy":
+            raise RequestError('zero_output is for fresh experts; init="copy" keeps the dense block')
         if isinstance(self.where, tuple):
             object.__setattr__(self, "where", list(self.where))
 
@@ -56,6 +60,10 @@ class RoutedExperts(Method, abc.ABC):
         self._seed = 0
         self._probe: Callable[[], Tensor] | None = None
         self._waiting: dict[str, Any] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # the probe belongs to a host and cannot be copied with the method
+        return {**self.__dict__, "_probe": None}
 
     @abc.abstractmethod
     def router(self, dim: int, seed: int = 0) -> Router:

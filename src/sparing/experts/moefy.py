@@ -104,6 +104,8 @@ def place_(
             nets.to(weight.dtype)
             if experts == "fresh":
                 nets.init_(generator=generator)
+                if method.options.zero_output:
+                    nets.down.data.zero_()
             elif experts == "copy":
                 _copy_(nets, block.read(), noise, generator)
         nets.to(weight.device, weight.dtype)

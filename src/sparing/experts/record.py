@@ -19,8 +19,9 @@ class Record:
 
     tokens: (), real tokens; load: (E,), rows of each expert; k_counts: (E + 1,), tokens by number
     of experts; unserved: (), tokens that no gate opened for; unserved_sum: (d,), the sum of their
-    inputs; fallback: (E,), the rows of those tokens; output_sum: (E, d), sums of experts' unweighted
-    outputs; domain_load: (D, E) or None; recent: (<= 256, d), the latest inputs, not summed.
+    inputs; fallback: (E,), the rows of those tokens; output_sum: (E, d), sums of experts'
+    unweighted outputs; domain_load: (D, E) or None; recent: (<= 256, d), the latest inputs, not
+    summed.
     """
 
     def __init__(self, slots: int, dim: int) -> None:
@@ -29,13 +30,12 @@ class Record:
 
     def clear(self, device: torch.device | None = None) -> None:
         """Forget everything."""
-        whole = {"dtype": torch.int64, "device": device}
-        self.tokens = torch.zeros((), **whole)  # type: ignore[call-overload]
-        self.load = torch.zeros(self.slots, **whole)  # type: ignore[call-overload]
-        self.k_counts = torch.zeros(self.slots + 1, **whole)  # type: ignore[call-overload]
-        self.unserved = torch.zeros((), **whole)  # type: ignore[call-overload]
+        self.tokens = torch.zeros((), dtype=torch.int64, device=device)
+        self.load = torch.zeros(self.slots, dtype=torch.int64, device=device)
+        self.k_counts = torch.zeros(self.slots + 1, dtype=torch.int64, device=device)
+        self.unserved = torch.zeros((), dtype=torch.int64, device=device)
         self.unserved_sum = torch.zeros(self.dim, device=device)
-        self.fallback = torch.zeros(self.slots, **whole)  # type: ignore[call-overload]
+        self.fallback = torch.zeros(self.slots, dtype=torch.int64, device=device)
         self.output_sum = torch.zeros(self.slots, self.dim, device=device)
         self.domain_load: Tensor | None = None
         self.recent = torch.zeros(0, self.dim, device=device)

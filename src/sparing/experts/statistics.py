@@ -1,4 +1,4 @@
-"""What the experts of a model did: load, experts per token, unserved tokens, by layer and domain."""
+"""What experts did: load, experts per token, unserved tokens, by layer, over time, by domain."""
 
 from __future__ import annotations
 
@@ -62,9 +62,11 @@ class Tally:
         }
 
     def state_dict(self) -> dict[str, Any]:
+        """The sums."""
         return {name: getattr(self, name) for name in (*self.NAMES, "domain_load")}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what ``state_dict`` gave."""
         for name in (*self.NAMES, "domain_load"):
             value = state[name]
             setattr(self, name, value.clone() if isinstance(value, Tensor) else value)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparing.core.errors import RequestError
-from sparing.core.ranks import mean_
+from sparing.core.ranks import sum_
 from sparing.core.recompute import recomputing
 from sparing.experts import losses
 from sparing.experts.controller import ControllerOptions
@@ -238,12 +238,16 @@ class TopAnyRouter(Router):
         if seen >= (self.options.calibration or 0):
             return
         real = cosine if mask is None else cosine[mask]
-        if real.shape[0] == 0:
-            return
         alive = int(self.active.sum())
         share = min(1.0, (self.options.target_k or self.options.start_k) / alive)
-        quantile = torch.quantile(real.float(), 1.0 - share, dim=0).to(self.threshold.dtype)
-        mean_([quantile])
+        quantile = torch.zeros_like(self.threshold)
+        ranks_with_tokens = torch.tensor(float(real.shape[0] > 0))
+        if real.shape[0]:
+            quantile.copy_(torch.quantile(real.float(), 1.0 - share, dim=0))
+        sum_([quantile, ranks_with_tokens])  # a rank whose batch is all padding takes part too
+        if ranks_with_tokens == 0:
+            return
+        quantile /= ranks_with_tokens.to(quantile)
         self.threshold += (quantile - self.threshold) / (seen + 1)
         self.calibrated += 1
 

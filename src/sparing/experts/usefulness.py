@@ -14,6 +14,7 @@ from sparing.core.ranks import mean_, sum_
 if TYPE_CHECKING:
     from sparing.experts.layer import ExpertLayer
     from sparing.experts.router import Router
+    from sparing.experts.routing import Routing
 
 
 @contextmanager
@@ -28,16 +29,17 @@ def masked(router: Router, expert: int) -> Iterator[None]:
 
 
 @torch.no_grad()
-def _outputs(layer: ExpertLayer, x: Tensor) -> Tensor:
+def _outputs(layer: ExpertLayer, x: Tensor) -> tuple[Tensor, Routing]:
     """The layer's outputs at inference for x: (n, d), past its record and its masks."""
     training = layer.router.training
     layer.router.eval()
     x = x.to(layer.experts.up.dtype)  # under autocast it was recorded in the lower precision
     try:
-        y: Tensor = layer.experts(x, layer.router(x))
+        routing = layer.router(x)
+        y: Tensor = layer.experts(x, routing)
     finally:
         layer.router.train(training)
-    return y.double()
+    return y.double(), routing
 
 
 @torch.no_grad()
@@ -52,13 +54,15 @@ def output_changes(layers: list[ExpertLayer], inputs: list[Tensor]) -> list[Tens
     for layer, x in zip(layers, inputs, strict=True):
         slots = layer.router.active.numel()
         change = torch.zeros(slots + 1, dtype=torch.float64, device=x.device)
-        alive = layer.router.active.nonzero().squeeze(1).tolist()
-        if x.shape[0] and len(alive) > 1:
-            whole = _outputs(layer, x)
+        if x.shape[0] and int(layer.router.active.sum()) > 1:
+            whole, routing = _outputs(layer, x)
             change[slots] = whole.square().sum()
-            for expert in alive:
-                with masked(layer.router, expert):
-                    change[expert] = (_outputs(layer, x) - whole).square().sum()
+            # tokens do not depend on each other, so only the expert's own are computed again
+            for expert, tokens in enumerate(torch.split(routing.tokens, routing.counts.tolist())):
+                if tokens.numel():
+                    with masked(layer.router, expert):
+                        other, _ = _outputs(layer, x[tokens])
+                    change[expert] = (other - whole[tokens]).square().sum()
         sums.append(change)
     sum_(sums)
     found = []

@@ -17,32 +17,44 @@ def optimizer(train: Train) -> Callable[[Any], torch.optim.Optimizer]:
     """A builder from groups of named parameters, ``{"params": [(name, parameter), ...]}``.
 
     Vectors (norms, biases, thresholds) are not decayed. With ``optimizer: muon``, matrices whose
-    name matches none of ``adamw_names`` are Muon's, at ``muon_rate``; AdamW has the rest.
+    name matches none of ``adamw_names`` are Muon's; AdamW has the rest.
     """
 
     def build(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        split: list[dict[str, Any]] = []
-        for group in groups:
+        split: dict[tuple[int, bool, bool, float], dict[str, Any]] = {}
+        for number, group in enumerate(groups):
             shared = {key: value for key, value in group.items() if key != "params"}
-            kinds: dict[str, list[Any]] = {"muon": [], "matrix": [], "vector": []}
             for name, p in group["params"]:
-                if p.ndim < 2:
-                    kinds["vector"].append((name, p))
-                elif train.optimizer == "muon" and not _matches(name, train.adamw_names):
-                    kinds["muon"].append((name, p))
-                else:
-                    kinds["matrix"].append((name, p))
-            for kind, named in kinds.items():
-                if named:
-                    rest = {"rule": "adamw"} if train.optimizer == "muon" else {}
-                    own: dict[str, Any] = rest if kind != "muon" else {"lr": train.muon_rate}
-                    decay = 0.0 if kind == "vector" else train.weight_decay
-                    split.append({"weight_decay": decay, **own, **shared, "params": named})
-        if train.optimizer == "muon":
-            return registry.optimizer("muon")(split, lr=train.learning_rate, betas=train.betas)
-        return torch.optim.AdamW(split, lr=train.learning_rate, betas=train.betas, fused=True)
+                matrix = p.ndim >= 2
+                muon = train.optimizer == "muon" and matrix
+                muon = muon and not _matches(name, train.adamw_names)
+                rate = _rate(name, train, muon=muon)
+                entry = split.setdefault(
+                    (number, matrix, muon, rate),
+                    {
+                        "lr": rate,
+                        "weight_decay": train.weight_decay if matrix else 0.0,
+                        **({"rule": "muon" if muon else "adamw"} if train.optimizer == "muon" else {}),
+                        **shared,
+                        "params": [],
+                    },
+                )
+                entry["params"].append((name, p))
+        kind = registry.optimizer("muon") if train.optimizer == "muon" else torch.optim.AdamW
+        fused = {} if train.optimizer == "muon" else {"fused": True}
+        built: torch.optim.Optimizer = kind(
+            list(split.values()), lr=train.learning_rate, betas=train.betas, **fused
+        )
+        return built
 
     return build
+
+
+def _rate(name: str, train: Train, *, muon: bool) -> float:
+    for pattern, rate in train.rates.items():
+        if fnmatchcase(name, pattern):
+            return rate
+    return train.muon_rate if muon else train.learning_rate
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:

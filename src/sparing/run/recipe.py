@@ -25,7 +25,7 @@ class Train:
 
     tokens or epochs: the budget, whichever ends first. optimizer ``muon`` moves matrices at
     ``muon_rate``, and by AdamW at ``learning_rate`` all vectors and what ``adamw_names`` matches.
-    Rates rise linearly over the ``warmup`` share
+    ``rates`` sets the rate of parameters by the first pattern that their name matches. Rates rise linearly over the ``warmup`` share
     of steps and fall by ``schedule`` to ``final`` of themselves. weight_decay acts
     on matrices only. clip: largest gradient norm, null for none. precision ``auto`` is measured
     by a short probe, recorded, and kept on resume.
@@ -39,6 +39,7 @@ class Train:
     learning_rate: float = 1e-3
     muon_rate: float = 0.02
     adamw_names: tuple[str, ...] = ("*embed*", "*head*", "*.router.*")
+    rates: dict[str, float] = field(default_factory=dict)
     warmup: float = 0.05
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     final: float = 0.0
@@ -58,6 +59,9 @@ class Train:
         for name in ("learning_rate", "muon_rate"):
             if not getattr(self, name) > 0:
                 raise RequestError(f"train.{name} must be above 0, got {getattr(self, name)}")
+        for pattern, rate in self.rates.items():
+            if not rate > 0:
+                raise RequestError(f'train.rates["{pattern}"] must be above 0, got {rate}')
         for name in ("warmup", "final"):
             if not 0 <= getattr(self, name) <= 1:
                 raise RequestError(f"train.{name} must be in [0, 1], got {getattr(self, name)}")
@@ -158,6 +162,10 @@ def load(source: str, overrides: Iterable[str] = (), *, smoke: bool | None = Non
 
 def resolve(body: Mapping[str, Any]) -> Recipe:
     """Validate plain data as a recipe and fill in every default."""
+    body = dict(body)
+    # an override of null takes a method out
+    given_methods = body.get("methods") or {}
+    body["methods"] = {name: o for name, o in given_methods.items() if o is not None}
     recipe: Recipe = checked(Recipe, body, "recipe")
     task = dict(recipe.task)
     if "name" not in task:
@@ -167,8 +175,6 @@ def resolve(body: Mapping[str, Any]) -> Recipe:
     options = checked(registry.task(name).Options, task, "task")
     methods = {}
     for method, given in recipe.methods.items():
-        if given is None:
-            continue  # an override of null takes a method out
         kind = registry.method(method)
         methods[kind.name] = asdict(checked(kind.Options, given, f"methods.{method}"))
     whole = {f.name: getattr(recipe, f.name) for f in fields(recipe)}

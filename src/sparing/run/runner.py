@@ -12,7 +12,7 @@ from typing import Any, final
 import torch
 from torch import nn
 
-from sparing.core.errors import RequestError, RunError
+from sparing.core.errors import RequestError, RunError, SparingError
 from sparing.hosts.session import Session
 from sparing.run import record
 from sparing.run.directory import RunDirectory
@@ -23,7 +23,7 @@ from sparing.run.recipe import Recipe
 
 EXTRAS = {
     "hf": ("transformers",),
-    "report": ("jinja2", "matplotlib"),
+    "report": ("jinja2",),
 }
 """The modules that tell whether an extra is installed."""
 
@@ -60,12 +60,13 @@ def run(
     resume: bool = False,
     display: Display | None = None,
     page: bool = True,
+    command: str | None = None,
 ) -> dict[str, Any]:
     """Train the recipe into the directory ``out`` and return its summary.
 
     Raises RequestError before anything is spent if the request is wrong, RunError if the run
     failed; the last checkpoint is kept, and ``resume`` goes on from it to the same result as if
-    nothing had happened (bit for bit on one CPU).
+    nothing had happened (bit for bit on one CPU). ``command`` is what the page says made it.
     """
     check_extras(recipe)
     directory = RunDirectory(out)
@@ -73,7 +74,8 @@ def run(
         torch.set_num_threads(recipe.train.threads)
     recipe = directory.claim(recipe, resume=resume)
     try:
-        return _Run(recipe, directory, display or Quiet(), resume=resume).go(page=page)
+        whole = _Run(recipe, directory, display or Quiet(), resume=resume)
+        return whole.go(page=page, command=command or f"sparing run {recipe.name}")
     finally:
         directory.close()
 
@@ -129,7 +131,7 @@ class _Run:
             precision=recipe.train.precision,
         )
 
-    def go(self, *, page: bool) -> dict[str, Any]:
+    def go(self, *, page: bool, command: str) -> dict[str, Any]:
         session, clock = self.session, self.session.clock
         steps = clock.steps
         assert steps is not None
@@ -165,7 +167,7 @@ class _Run:
         self.seconds = before + time.monotonic() - begun
         metrics = self._evaluate()
         self._save()
-        return self._finish(metrics, page=page)
+        return self._finish(metrics, page=page, command=command)
 
     # ---- while it runs -----------------------------------------------------------------------
 
@@ -253,7 +255,7 @@ class _Run:
 
     # ---- at the end --------------------------------------------------------------------------
 
-    def _finish(self, metrics: dict[str, float], *, page: bool) -> dict[str, Any]:
+    def _finish(self, metrics: dict[str, float], *, page: bool, command: str) -> dict[str, Any]:
         session, task = self.session, self.task
         self.display.note("writing the model, the summary and the page")
         with session.evaluating() as model:
@@ -264,7 +266,7 @@ class _Run:
                     model, shown.get("passages", []), lambda passage: task.read(model, passage)
                 )
         shown |= {"domains": list(task.domains), "references": task.references()}
-        shown["command"] = f"sparing run {self.recipe.name}"
+        shown["command"] = command
         self.directory.write_json("page.json", shown)
         summary = {
             "format": 1,
@@ -291,7 +293,10 @@ class _Run:
         if page:
             from sparing.run import report
 
-            report.write(self.directory.path)
+            try:
+                report.write(self.directory.path)
+            except SparingError as error:  # the run is whole without its page
+                self.display.note(f"no page was written: {error}")
         return summary
 
 

@@ -26,15 +26,25 @@ def orthogonalize(matrices: Tensor, iterations: int = 5) -> Tensor:
 
     Singular values end between about 0.7 and 1.2; a zero matrix stays zero.
     """
-    x = matrices
+    shape = matrices.shape
+    x = matrices.reshape(-1, *shape[-2:])
     tall = x.shape[-2] > x.shape[-1]
     if tall:
         x = x.mT
-    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-12)
+    norm = x.norm(dim=(-2, -1), keepdim=True)
+    moving = norm.flatten() > 0
+    if x.device.type == "cpu" and not moving.all():
+        # experts without a gradient yet, or without one for long, cost nothing
+        whole = torch.zeros_like(matrices).view(-1, *shape[-2:])
+        whole[moving] = orthogonalize(matrices.reshape(-1, *shape[-2:])[moving], iterations)
+        return whole.view(shape)
+    # one copy here rather than one in every product
+    x = (x / norm.clamp_min(1e-12)).contiguous()
     for _ in range(iterations):
         gram = x @ x.mT
-        x = A * x + (B * gram + C * (gram @ gram)) @ x
-    return x.mT if tall else x
+        # the additions ride along with the products
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=B, alpha=C), x, beta=A)
+    return (x.mT if tall else x).reshape(shape)
 
 
 @final

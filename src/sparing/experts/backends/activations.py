@@ -26,21 +26,25 @@ class Activation(NamedTuple):
 
 
 def _silu(a: Tensor, out: Tensor) -> Tensor:
-    return aten.silu.out(a, out=out)
+    found: Tensor = aten.silu.out(a, out=out)
+    return found
 
 
 def _silu_back_(gradient: Tensor, a: Tensor) -> Tensor:
-    return aten.silu_backward.grad_input(gradient, a, grad_input=gradient)
+    found: Tensor = aten.silu_backward.grad_input(gradient, a, grad_input=gradient)
+    return found
 
 
 def _gelu(a: Tensor, out: Tensor, approximate: str) -> Tensor:
-    return aten.gelu.out(a, approximate=approximate, out=out)
+    found: Tensor = aten.gelu.out(a, approximate=approximate, out=out)
+    return found
 
 
 def _gelu_back_(gradient: Tensor, a: Tensor, approximate: str) -> Tensor:
-    return aten.gelu_backward.grad_input(
+    found: Tensor = aten.gelu_backward.grad_input(
         gradient, a, approximate=approximate, grad_input=gradient
     )
+    return found
 
 
 def _relu(a: Tensor, out: Tensor) -> Tensor:
@@ -48,7 +52,8 @@ def _relu(a: Tensor, out: Tensor) -> Tensor:
 
 
 def _relu_back_(gradient: Tensor, a: Tensor) -> Tensor:
-    return aten.threshold_backward.grad_input(gradient, a, 0, grad_input=gradient)
+    found: Tensor = aten.threshold_backward.grad_input(gradient, a, 0, grad_input=gradient)
+    return found
 
 
 ACTIVATIONS: dict[str, Activation] = {

@@ -15,11 +15,8 @@ def outputs(x: Tensor, nets: Nets, expert: int) -> Tensor:
     act = ACTIVATIONS[nets.activation].plain
     up_bias = None if nets.up_bias is None else nets.up_bias[expert]
     down_bias = None if nets.down_bias is None else nets.down_bias[expert]
-    hidden = F.linear(x, nets.up[expert], up_bias)
-    if nets.gate is None:
-        hidden = act(hidden)
-    else:
-        hidden = act(F.linear(x, nets.gate[expert])) * hidden
+    up = F.linear(x, nets.up[expert], up_bias)
+    hidden = act(up) if nets.gate is None else act(F.linear(x, nets.gate[expert])) * up
     return F.linear(hidden, nets.down[expert], down_bias)
 
 

@@ -45,7 +45,7 @@ def apply(
     x: Tensor, rows: Rows, nets: Nets, *, backend: str, save: bool, means: bool
 ) -> tuple[Tensor, Tensor]:
     """y (T, o), differentiable once, and with ``means`` the sums (E, o), else (0,)."""
-    call = _operator if torch.compiler.is_compiling() else _Function.apply
+    call: Any = _operator if torch.compiler.is_compiling() else _Function.apply
     outputs = call(
         x,
         rows.tokens,
@@ -70,9 +70,7 @@ def _forward(arguments: Sequence[Any]) -> Forward:
     # the inputs are already in the dtype of the computation
     with torch.autocast(x.device.type, enabled=False):
         rows = Rows(tokens=tokens, weights=weights, counts=counts, k=k)
-        return BACKENDS[backend].forward(
-            x, rows, _nets(nets, activation), save=save, means=means
-        )
+        return BACKENDS[backend].forward(x, rows, _nets(nets, activation), save=save, means=means)
 
 
 def _backward(grad: Tensor, arguments: Sequence[Any], needs: Needs) -> Grads:
@@ -83,9 +81,8 @@ def _backward(grad: Tensor, arguments: Sequence[Any], needs: Needs) -> Grads:
         return BACKENDS[backend].backward(grad, x, rows, _nets(nets, activation), saved, needs)
 
 
-def _nets(tensors: Sequence[Tensor | None], activation: str) -> Nets:
+def _nets(tensors: Sequence[Any], activation: str) -> Nets:
     gate, up, up_bias, down, down_bias = tensors
-    assert up is not None and down is not None
     return Nets(
         gate=gate, up=up, up_bias=up_bias, down=down, down_bias=down_bias, activation=activation
     )
@@ -123,7 +120,7 @@ class _Function(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         if grads[0] is None:
             return (None,) * INPUTS

@@ -87,24 +87,25 @@ class Grads(NamedTuple):
 
 def like(reference: Tensor, wanted: bool, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
     """An uninitialised tensor on the device of ``reference``; (0,) if it is not wanted."""
-    return torch.empty(shape if wanted else (0,), dtype=dtype or reference.dtype,
-                       device=reference.device)
+    return torch.empty(
+        shape if wanted else (0,), dtype=dtype or reference.dtype, device=reference.device
+    )
 
 
 def combine(rows: Tensor, tokens: Tensor, k: Tensor, weights: Tensor | None) -> Tensor:
     """Sum by token: (R, n) rows, times their weights (R,), become (T, n).
 
     One weighted bag of rows per token: the order of the sum is fixed, so that the result is the
-    same each time, and it accumulates in at least single precision.
+    same each time. Accumulates and returns at least single precision.
     """
     total = k.shape[0]
+    wide = rows if rows.dtype == torch.float64 else rows.float()
     if not tokens.shape[0]:
-        return rows.new_zeros(total, rows.shape[1])
+        return wide.new_zeros(total, rows.shape[1])
     offsets = torch.zeros(total + 1, dtype=torch.int64, device=k.device)
     torch.cumsum(k, 0, out=offsets[1:])
     order = tokens.argsort(stable=True)
-    wide = rows if rows.dtype == torch.float64 else rows.float()
-    bags = torch.embedding_bag(
+    return torch.embedding_bag(
         wide,
         order,
         offsets,
@@ -112,4 +113,3 @@ def combine(rows: Tensor, tokens: Tensor, k: Tensor, weights: Tensor | None) -> 
         per_sample_weights=None if weights is None else weights.to(wide.dtype)[order],
         include_last_offset=True,
     )[0]
-    return bags.to(rows.dtype)

@@ -66,9 +66,11 @@ def forward(
     out = products.onto(h, nets.down)
     if nets.down_bias is not None:
         out += nets.down_bias.index_select(0, expert)
-    y = combine(out, rows.tokens, rows.k, rows.weights)
+    y = combine(out, rows.tokens, rows.k, rows.weights).to(x.dtype)
     sums = by_expert(out, rows.counts).float() if means else none.float()
-    return Forward(y, a, b, out, sums) if save else Forward(y, none, none.clone(), none.clone(), sums)
+    if not save:
+        a, b, out = (like(x, False) for _ in range(3))
+    return Forward(y, a, b, out, sums)
 
 
 def backward(
@@ -85,10 +87,10 @@ def backward(
     gated, none = nets.gate is not None, like(x, False)
     if not rows.tokens.shape[0]:
         nothing = [
-            torch.zeros_like(net) if needs.nets and net is not None else none.clone()
+            torch.zeros_like(net) if needs.nets and net is not None else like(x, False)
             for net in (nets.gate, nets.up, nets.up_bias, nets.down, nets.down_bias)
         ]
-        gx = torch.zeros_like(x) if needs.x else none.clone()
+        gx = torch.zeros_like(x) if needs.x else like(x, False)
         return Grads(gx, torch.zeros_like(rows.weights), *nothing)
     products = make(rows)
     gy = grad.index_select(0, rows.tokens)
@@ -109,16 +111,21 @@ def backward(
         gx = products.back(up_grad, nets.up)
         if nets.gate is not None:
             gx += products.back(gh, nets.gate)
-        gx = combine(gx, rows.tokens, rows.k, None)
+        gx = combine(gx, rows.tokens, rows.k, None).to(x.dtype)
     if not needs.nets:
-        return Grads(gx, gw, *(none.clone() for _ in range(5)))
+        return Grads(gx, gw, *(like(x, False) for _ in range(5)))
     xs = x.index_select(0, rows.tokens)
+    up_bias, down_bias = like(x, False), like(x, False)
+    if nets.up_bias is not None:
+        up_bias = by_expert(up_grad, rows.counts).to(x.dtype)
+    if nets.down_bias is not None:
+        down_bias = by_expert(gy, rows.counts).to(x.dtype)
     return Grads(
         x=gx,
         weights=gw,
-        gate=products.outer(gh, xs) if gated else none.clone(),
+        gate=products.outer(gh, xs) if gated else like(x, False),
         up=products.outer(up_grad, xs),
-        up_bias=none.clone() if nets.up_bias is None else by_expert(up_grad, rows.counts).to(x.dtype),
+        up_bias=up_bias,
         down=products.outer(gy, h),
-        down_bias=none.clone() if nets.down_bias is None else by_expert(gy, rows.counts).to(x.dtype),
+        down_bias=down_bias,
     )

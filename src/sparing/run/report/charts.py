@@ -18,6 +18,8 @@ from sparing.run.report.words import prefix, significant
 
 SIDE = 1000
 """Units of the SVG's view box, both ways."""
+WRAP = 15
+"""A longer label beside a chart stands in two lines."""
 
 
 @final
@@ -109,28 +111,36 @@ def smooth(points: Points, share: float = 0.04) -> Points:
     return result
 
 
-def spread(at: Sequence[float], gap: float) -> list[float]:
-    """``at`` (percent) moved as little as it takes to lie ``gap`` apart inside [0, 100]."""
-    order = sorted(range(len(at)), key=lambda i: at[i])
+def spread(at: Sequence[float], heights: Sequence[float]) -> list[float]:
+    """Centres ``at`` (percent) moved as little as it takes for ``heights`` not to overlap.
+
+    They stay inside [0, 100] as long as they fit.
+    """
     # Each group of touching labels is centred on the mean of what its members asked for.
     groups: list[list[int]] = []
     centre: list[float] = []
-    for i in order:
+
+    def size(group: list[int]) -> float:
+        return sum(heights[i] for i in group)
+
+    for i in sorted(range(len(at)), key=lambda i: at[i]):
         groups.append([i])
         centre.append(at[i])
-        while len(groups) > 1 and (
-            centre[-1] - centre[-2] < gap * (len(groups[-1]) + len(groups[-2])) / 2
+        while (
+            len(groups) > 1 and centre[-1] - centre[-2] < (size(groups[-1]) + size(groups[-2])) / 2
         ):
             last = groups.pop()
             centre.pop()
             groups[-1] += last
-            half = gap * (len(groups[-1]) - 1) / 2
-            middle = sum(at[j] for j in groups[-1]) / len(groups[-1])
-            centre[-1] = max(half, min(100 - half, middle))
+            first, final = heights[groups[-1][0]] / 2, heights[last[-1]] / 2
+            low, high = size(groups[-1]) / 2 - first, 100 - size(groups[-1]) / 2 + final
+            centre[-1] = max(low, min(high, sum(at[j] for j in groups[-1]) / len(groups[-1])))
     result = [0.0] * len(at)
     for members, middle in zip(groups, centre, strict=True):
-        for place, i in enumerate(members):
-            result[i] = round(middle + gap * (place - (len(members) - 1) / 2), 2)
+        top = middle - size(members) / 2
+        for i in members:
+            result[i] = round(top + heights[i] / 2, 2)
+            top += heights[i]
     return result
 
 
@@ -182,7 +192,10 @@ def chart(
             paths.append((_path(place, line), style))
             if line.label:
                 wanted.append((line.points[-1][1], line.style, line.label))
-    places = spread([100 * min(1.0, max(0.0, down(v))) for v, _, _ in wanted], gap)
+    places = spread(
+        [100 * min(1.0, max(0.0, down(v))) for v, _, _ in wanted],
+        [gap * (1 if len(text) <= WRAP else 1.8) for _, _, text in wanted],
+    )
     return Chart(
         key=key,
         title=title,

@@ -110,7 +110,7 @@ def figures(run: Run) -> list[tuple[str, str, str]]:
 
 
 def _article(name: str) -> str:
-    return f"a {name} model" if "gram" in name else name
+    return f"a {name.replace('-gram', '-gram model')}" if "-gram" in name else name
 
 
 def _recipe(run: Run) -> dict[str, Any]:

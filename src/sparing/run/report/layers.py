@@ -9,7 +9,7 @@ from typing import Any
 from sparing.run.report.charts import Line, Mark, chart
 from sparing.run.report.passages import LEVELS
 from sparing.run.report.read import Points, Row, Run, number
-from sparing.run.report.words import layer_name, percent, significant
+from sparing.run.report.words import layer_name, percent
 
 
 def _natural(text: str) -> list[tuple[int, str]]:
@@ -50,6 +50,7 @@ def cards(run: Run) -> list[dict[str, Any]]:
         alive, mean_k = _series(history.get(name), "alive"), _series(history.get(name), "mean_k")
         unserved = _series(history.get(name), "unserved")
         events = [row for row in run.events if str(row.get("layer")) == name]
+        alive = _with_events(alive, [row["step"] for row in events])
         label = layer_name(name)
         found.append(
             {
@@ -58,8 +59,8 @@ def cards(run: Run) -> list[dict[str, Any]]:
                 "experts": chart(
                     f"layer-{i}",
                     [
-                        Line(points=alive, style="c1", steps=True, label=_end("alive", alive)),
-                        Line(points=mean_k, style="c2", label=_end("mean k", mean_k)),
+                        Line(points=alive, style="c1", steps=True, label=_end("alive", alive, 0)),
+                        Line(points=mean_k, style="c2", label=_end("mean k", mean_k, 1)),
                     ],
                     title=f"{label}: experts alive and mean experts per token",
                     description=_describe(alive, mean_k, len(events)),
@@ -162,8 +163,16 @@ def _mark(row: Row, alive: Points) -> Mark:
     )
 
 
-def _end(name: str, series: Points) -> str:
-    return f"{name} {significant(series[-1][1], 2)}" if series else ""
+def _with_events(alive: Points, steps: list[float]) -> Points:
+    """``alive`` that changes at the step of an event, not at the next point of the history."""
+    if not alive:
+        return []
+    later = [(t, next((v for s, v in alive if s > t), alive[-1][1])) for t in steps]
+    return sorted(alive + later, key=lambda point: point[0])
+
+
+def _end(name: str, series: Points, digits: int) -> str:
+    return f"{name} {series[-1][1]:.{digits}f}" if series else ""
 
 
 def _share(series: Points) -> str:

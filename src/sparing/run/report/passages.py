@@ -25,7 +25,7 @@ def coloured(run: Run) -> dict[str, Any] | None:
         stops = [low + i for i in range(int(high - low) + 1)]
     else:
         stops = [low + (high - low) * i / 4 for i in range(5)]
-    legend = [(_level(stop, low, high), significant(stop, 2)) for stop in stops]
+    legend = [(_level(stop, low, high), f"{stop:.{0 if whole else 1}f}") for stop in stops]
     return {"passages": spans, "legend": legend, "whole": whole}
 
 

@@ -109,8 +109,15 @@ class Language:
         with torch.random.fork_rng(devices=[]):
             # Not torch.manual_seed: that would seed the accelerators' generators too.
             torch.default_generator.manual_seed(seed)
-            model: nn.Module = LlamaForCausalLM(config)
-        return model
+            model: Any = LlamaForCausalLM(config)
+            if shape.embed_std is not None:
+                nn.init.normal_(model.get_input_embeddings().weight, std=shape.embed_std)
+        if shape.zero_output:
+            for name, parameter in model.named_parameters():
+                if name.endswith(("o_proj.weight", "down_proj.weight")):
+                    nn.init.zeros_(parameter)
+        built: nn.Module = model
+        return built
 
     def domain_of(self, index: Tensor) -> Tensor:
         """(B,) int64 -> (B,) int64, positions in ``domains``."""
@@ -213,7 +220,7 @@ class Language:
         """Run the model over the passage's bytes, in pieces of ``seq_len``."""
         text = torch.tensor([passage["bytes"]], device=_device(model))  # (1, n)
         with evaluating(model):
-            for piece in text.split(self.options.seq_len, dim=1):
+            for piece in torch.split(text, self.options.seq_len, dim=1):
                 model(input_ids=piece, use_cache=False)
 
 

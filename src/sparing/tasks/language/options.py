@@ -22,7 +22,8 @@ class LanguageOptions:
     ``domains``: which texts. ``seq_len``: bytes that a sample predicts. The model is a
     transformer of the LLaMA architecture: ``dim`` wide, ``layers`` deep, with ``heads`` query
     heads over ``kv_heads`` key-value heads (None: as many), gated feed-forward blocks ``width``
-    wide, initialised with standard deviation ``init_std``; ``tied`` shares the embedding with the
+    wide, initialised with standard deviation ``init_std``, its embedding with ``embed_std`` (None:
+    the same), and with ``zero_output`` the last projection of every block with zeros; ``tied`` shares the embedding with the
     output. ``vocab`` is 256, since tokens are bytes. ``eval_windows`` held-out windows per domain
     are scored, ``eval_batch`` at a time. ``sample_bytes`` and ``passage_bytes``: how much text the
     page shows per domain.
@@ -39,6 +40,8 @@ class LanguageOptions:
     kv_heads: int | None = None
     width: int = 384
     init_std: float = 0.02
+    embed_std: float | None = None
+    zero_output: bool = False
     rope_theta: float = 10000.0
     tied: bool = False
     eval_windows: int = 96
@@ -73,8 +76,10 @@ class LanguageOptions:
                 f"vocab {self.vocab} does not fit: tokens are bytes, set vocab to {BYTES}"
             )
         self._check_heads()
-        for option in ("init_std", "rope_theta"):
+        for option in ("init_std", "embed_std", "rope_theta"):
             value = getattr(self, option)
+            if value is None and option == "embed_std":
+                continue
             if not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
                 raise RequestError(f"{option} must be a positive number, got {value!r}")
 

@@ -1,0 +1,224 @@
+"""The plainest loop that calls every seam of a method, on a tiny language model."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
+
+from sparing.core import ranks
+from sparing.core.clock import Clock
+from sparing.core.ledger import Ledger
+from sparing.core.method import Context, Method, Setup
+from sparing.core.recompute import recomputing
+
+SAMPLES, LENGTH, VOCABULARY, BATCH = 32, 12, 48, 4
+STEPS_PER_EPOCH = SAMPLES // BATCH
+
+# options that make a method act within a few steps, beside its defaults; one entry a method
+CASES: dict[str, list[dict[str, Any]]] = {
+    "dynmoe": [
+        {},
+        {
+            "published": True,
+            "max_experts": 4,
+            "start_experts": 2,
+            "adapt": {"every": 2, "warmup": 0, "freeze_after": 1.0},
+        },
+        {
+            "max_experts": 6,
+            "start_experts": 3,
+            "target_k": 1.5,
+            "calibration": 1,
+            "adapt": {
+                "every": 2,
+                "warmup": 0,
+                "patience": 1,
+                "trial": 1,
+                "loss_tolerance": 0.01,
+                "margin": 0.0,
+                "freeze_after": 1.0,
+                "statistics_every": 1,
+            },
+        },
+    ],
+    "top-k": [{}, {"experts": 4, "k": 1}],
+}
+
+
+def dense(seed: int = 0) -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.1,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config)
+
+
+def tokens(seed: int = 0) -> Tensor:
+    """(SAMPLES, LENGTH) int64, with some structure to learn."""
+    generator = torch.Generator().manual_seed(seed)
+    first = torch.randint(VOCABULARY, (SAMPLES, 1), generator=generator)
+    stride = torch.randint(1, 5, (SAMPLES, 1), generator=generator)
+    return (first + stride * torch.arange(LENGTH)) % VOCABULARY
+
+
+def losses_of(model: nn.Module, ids: Tensor) -> Tensor:
+    """One loss a sample, (B,)."""
+    logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+    each = nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+    return each.mean(1)
+
+
+def whole_checkpoint(forward: Any, *arguments: Any, **named: Any) -> Any:
+    """Checkpoint a block and recompute all of it, not only up to the last tensor that is needed.
+
+    An early stop would spare what follows that tensor, and hide whatever counts there.
+    """
+    with set_checkpoint_early_stop(False):
+        return checkpoint(forward, *arguments, use_reentrant=False, **named)
+
+
+class Loop:
+    """Trains with one method, or none; the data's seed may differ between ranks."""
+
+    def __init__(self, method: Method | None, *, data_seed: int = 0, checkpointing: bool = False):
+        self.methods = [] if method is None else [method]
+        self.clock = Clock(steps=2 * STEPS_PER_EPOCH, epochs=2)
+        self.ledger = Ledger()
+        self.data = tokens(data_seed)
+        self.domain = torch.arange(SAMPLES) % 2
+        self.events: list[dict[str, Any]] = []
+        self.model = dense()
+        setup = Setup(seed=3, steps=self.clock.steps, world_size=ranks.world_size())
+        groups: list[dict[str, Any]] = []
+        for part in self.methods:
+            self.model = part.prepare(self.model, setup)
+        groups = [{"params": [p for p in self.model.parameters() if p.requires_grad]}]
+        for part in self.methods:
+            groups = part.optimizer(self.model, groups)
+        self.optimizer = torch.optim.AdamW(groups, lr=3e-3, weight_decay=0.1)
+        self.recomputed = 0
+        if checkpointing:
+            for block in self.model.model.layers:
+                block.forward = partial(whole_checkpoint, block.forward)
+                block.mlp.register_forward_pre_hook(self._notice)
+        self.bind()
+        self.model.train()
+
+    def _notice(self, module: nn.Module, arguments: Any) -> None:
+        self.recomputed += recomputing()
+
+    def bind(self) -> None:
+        for part in self.methods:
+            part.bind(
+                size=SAMPLES, epochs=2, steps=self.clock.steps, seed=3, model=self.model,
+                probe=self.probe,
+            )  # fmt: skip
+
+    def evaluate(self) -> Tensor:
+        self.model.eval()
+        with torch.no_grad():
+            loss = losses_of(self.model, self.data[:6]).mean()
+        self.model.train()
+        return loss
+
+    def probe(self) -> Tensor:
+        loss = self.evaluate()
+        ranks.mean_([loss])
+        return loss
+
+    def run(self, steps: int, *, evaluate: bool = False) -> Loop:
+        for _ in range(steps):
+            place = self.clock.step % STEPS_PER_EPOCH
+            if place == 0:
+                plans = [plan for part in self.methods if (plan := part.order(self.clock))]
+                self.order = plans[0].index if plans else torch.arange(SAMPLES)
+            self._step(self.order[place * BATCH : (place + 1) * BATCH])
+            if evaluate:
+                self.evaluate()
+            if self.clock.step % STEPS_PER_EPOCH == 0:
+                self.clock.epoch_ended = True
+                for part in self.methods:
+                    part.step(self.clock, self.optimizer)
+                self.clock.epoch_ended = False
+                self.clock.epoch += 1
+        return self
+
+    def _step(self, index: Tensor) -> None:
+        context = Context.of(index, domain=self.domain[index], extra={"domains": ("even", "odd")})
+        batch: Any = self.data[index]
+        for part in self.methods:
+            batch = part.batch(batch, context)
+        losses = losses_of(self.model, batch)
+        for stage in ("sample", "weight", "batch"):
+            if stage == "batch":
+                losses = losses.mean()
+            for part in self.methods:
+                if part.loss_stage == stage:
+                    losses = part.loss(losses, context, None)
+        self.optimizer.zero_grad()
+        losses.backward()
+        ranks.mean_([p.grad for p in self.model.parameters() if p.grad is not None])
+        for part in self.methods:
+            part.grads(self.model.named_parameters(), context)
+        self.optimizer.step()
+        self.clock.step += 1
+        self.clock.samples += BATCH
+        for part in self.methods:
+            part.step(self.clock, self.optimizer)
+            part.account(self.ledger)
+            self.events += part.take_events()
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a host keeps."""
+        return {
+            "model": dict(self.model.state_dict()),
+            "optimizer": self.optimizer.state_dict(),
+            "methods": [part.state_dict() for part in self.methods],
+            "clock": self.clock.state_dict(),
+            "ledger": self.ledger.state_dict(),
+            "order": self.order,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        for part, own in zip(self.methods, state["methods"], strict=True):
+            part.load_state_dict(own)
+        self.clock.load_state_dict(state["clock"])
+        self.ledger.load_state_dict(state["ledger"])
+        self.order = state["order"]
+
+    def outcome(self) -> dict[str, Any]:
+        """All that must come out the same wherever training was the same."""
+        return {**self.state_dict(), "signals": [part.signals() for part in self.methods]}
+
+
+def differences(a: Any, b: Any, path: str = "") -> list[str]:
+    """Where two outcomes differ, bit for bit; empty if nowhere."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        if a.dtype != b.dtype or a.shape != b.shape:
+            return [f"{path}: {a.dtype} {tuple(a.shape)} and {b.dtype} {tuple(b.shape)}"]
+        raw = [t.detach().contiguous().reshape(-1).view(torch.uint8) for t in (a, b)]
+        return [] if raw[0].equal(raw[1]) else [f"{path}: tensors differ"]
+    if isinstance(a, dict) and isinstance(b, dict):
+        if list(a) != list(b):
+            return [f"{path}: keys {list(a)} and {list(b)}"]
+        return [line for key in a for line in differences(a[key], b[key], f"{path}/{key}")]
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple) and len(a) == len(b):
+        pairs = enumerate(zip(a, b, strict=True))
+        return [line for i, (x, y) in pairs for line in differences(x, y, f"{path}/{i}")]
+    return [] if repr(a) == repr(b) and type(a) is type(b) else [f"{path}: {a!r} and {b!r}"]
