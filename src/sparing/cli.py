@@ -58,14 +58,14 @@ def run_(
 ) -> None:
     """Train a recipe and leave a run directory with a page to look at."""
     with _told():
-        from sparing.run.directory import free_path
+        from sparing.run.directory import free_path, unfinished_path
         from sparing.run.progress import display
         from sparing.run.recipe import load
         from sparing.run.runner import run
 
         wanted = load(recipe, set_ or [])
         base = Path("runs") / wanted.name
-        where = out or (base if resume else free_path(base))
+        where = out or (unfinished_path(base) if resume else free_path(base))
         command = shlex.join(["sparing", *sys.argv[1:]])
         summary = run(wanted, where, resume=resume, display=display(quiet), command=command)
         _show(summary, as_json, lambda: _summary_lines(summary, where))

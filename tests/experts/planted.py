@@ -60,7 +60,8 @@ class Run:
         **rates: Any,
     ) -> None:
         self.data = Planted(clusters, dim, seed)
-        self.layer = small_layer(slots, start, dim, seed, **(router or {"target_k": 1.0}))
+        router = {"target_k": 1.0} if router is None else router
+        self.layer = small_layer(slots, start, dim, seed, **router)
         self.layer.train()
         self.controller = ExpertController([("layer", self.layer)], adapt, seed=seed)
         trained = [p for p in self.layer.parameters() if p.requires_grad]

@@ -614,7 +614,7 @@ def settled(seed: int, start: int, **more: Any) -> tuple[Run, list[int]]:
 def test_the_number_of_experts_settles_at_the_planted_number(start):
     run, last = settled(0, start)
     assert {3, 4, 5} >= set(last)
-    assert float(run.probe()) < 0.15  # noise alone is 0.09; one linear map for all is above 0.5
+    assert float(run.probe()) < 0.11  # the noise alone is 0.09; one expert for all reaches 0.125
 
 
 @pytest.mark.slow

@@ -152,8 +152,9 @@ def test_bad_requests() -> None:
         moefy_(nn.Sequential(nn.Conv2d(1, 1, 1)), ALL_OPEN)
     with pytest.raises(RequestError, match='"t5"'):
         moefy_(
-            hf.T5ForConditionalGeneration(hf.T5Config(d_model=8, d_ff=8, num_layers=1, d_kv=4,
-                                                      num_heads=2, vocab_size=9)),
+            hf.T5ForConditionalGeneration(
+                hf.T5Config(d_model=8, d_ff=8, num_layers=1, d_kv=4, num_heads=2, vocab_size=9)
+            ),
             ALL_OPEN,
         )
     model = build("llama")
@@ -237,8 +238,9 @@ def test_bert_keeps_its_second_half() -> None:
     assert isinstance(layer.output.dense, nn.Identity)
     assert isinstance(layer.output.LayerNorm, nn.LayerNorm)
     assert layer.output.dropout.p == 0.1
-    assert not [name for name in model.state_dict() if ".output.dense" in name
-                and "attention" not in name]
+    assert not [
+        name for name in model.state_dict() if ".output.dense" in name and "attention" not in name
+    ]
     layer.intermediate.train()
     model(**inputs(model, rows=2, length=6))
     assert int(layer.intermediate.record.tokens) == 12
@@ -255,9 +257,7 @@ def test_padding_gets_no_rows_and_is_in_no_statistic(family: str, dtype: torch.d
     for layer in expert_layers(model):
         assert int(layer.record.tokens) == 10
         assert int(layer.record.k_counts.sum()) == 10
-        assert int(layer.record.load.sum()) == int(
-            (layer.record.k_counts * torch.arange(5)).sum()
-        )
+        assert int(layer.record.load.sum()) == int((layer.record.k_counts * torch.arange(5)).sum())
 
 
 def test_the_mask_is_found_wherever_it_stands() -> None:
@@ -365,8 +365,12 @@ def test_checkpointing_changes_neither_gradients_nor_statistics(family: str) -> 
         seen.append(
             (
                 [p.grad for p in model.parameters() if p.grad is not None],
-                [value for layer in layers for value in vars(layer.record).values()
-                 if isinstance(value, torch.Tensor)],
+                [
+                    value
+                    for layer in layers
+                    for value in vars(layer.record).values()
+                    if isinstance(value, torch.Tensor)
+                ],
                 [(layer.rows_spent, layer.tokens_spent) for layer in layers],
                 [buffer for layer in layers for buffer in layer.buffers()],
             )

@@ -26,8 +26,15 @@ TEXT: dict[str, Any] = {
 DECODER: dict[str, Any] = {**TEXT, "num_key_value_heads": 1}
 GEMMA: dict[str, Any] = {**DECODER, "head_dim": 16}
 GPT2: dict[str, Any] = {
-    "n_embd": 32, "n_inner": 48, "n_layer": 2, "n_head": 2, "n_positions": 64, "vocab_size": 50,
-    "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.2,
+    "n_embd": 32,
+    "n_inner": 48,
+    "n_layer": 2,
+    "n_head": 2,
+    "n_positions": 64,
+    "vocab_size": 50,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "initializer_range": 0.2,
 }
 VIT: dict[str, Any] = {**SIZES, "image_size": 16, "patch_size": 4, "num_labels": 3}
 

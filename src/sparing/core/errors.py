@@ -7,19 +7,19 @@ from collections.abc import Iterable
 
 
 class SparingError(Exception):
-    """Base of all errors that this library raises on purpose. ``exit_code`` is the command line's."""
+    """Base of the errors that this library raises on purpose; ``exit_code`` is for the shell."""
 
     exit_code = 1
 
 
 class RequestError(SparingError, ValueError):
-    """The request is wrong: an unknown name, a bad value, files that do not fit it (exit code 2)."""
+    """The request is wrong: an unknown name, a bad value, files that do not fit (exit code 2)."""
 
     exit_code = 2
 
 
 class RunError(SparingError, RuntimeError):
-    """The request was right and the run failed: a NaN loss, a full disk, a broken file (exit code 1)."""
+    """The request was right, the run failed: a NaN loss, a full disk, a broken file (exit 1)."""
 
     exit_code = 1
 

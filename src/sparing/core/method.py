@@ -175,7 +175,7 @@ class Method(abc.ABC):
         return model
 
     def optimizer(self, model: nn.Module, groups: ParamGroups) -> ParamGroups:
-        """Change the groups, ``{"params": [(name, parameter), ...]}``, the optimizer is built from."""
+        """Change the groups ``{"params": [(name, parameter), ...]}`` of the optimizer to build."""
         return groups
 
     def order(self, clock: Clock) -> Plan | None:

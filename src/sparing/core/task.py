@@ -44,7 +44,7 @@ class Task(Protocol):
         ...
 
     def order(self, epoch: int, generator: torch.Generator) -> Tensor:
-        """The default order of an epoch, (n,) int64, a function of the epoch and the generator's seed."""
+        """The default order of an epoch, (n,) int64, by the epoch and generator's seed alone."""
         ...
 
     def losses(self, model: nn.Module, batch: Any) -> tuple[Tensor, Any]:

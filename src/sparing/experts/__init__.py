@@ -1,0 +1,1 @@
+"""Which experts act on this token, and how many exist?"""

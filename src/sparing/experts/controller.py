@@ -14,7 +14,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Literal, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparing.core.errors import RequestError
 from sparing.core.ranks import sum_
@@ -64,12 +64,16 @@ class ExpertController:
 
     def __init__(
         self,
-        layers: Sequence[tuple[str, ExpertLayer]],
+        layers: nn.Module | Sequence[tuple[str, ExpertLayer]],
         options: ControllerOptions | None = None,
         *,
         seed: int = 0,
         steps: int | None = None,
     ) -> None:
+        if isinstance(layers, nn.Module):
+            from sparing.experts.layer import expert_layers
+
+            layers = [(layer.name, layer) for layer in expert_layers(layers)]
         self.layers = dict(layers)
         if len(self.layers) != len(layers):
             raise RequestError("expert layers must have different names")

@@ -60,8 +60,15 @@ class ControllerOptions:
     statistics_every: int = 20
 
     def __post_init__(self) -> None:
-        for name in ("every", "patience", "min_experts", "trial", "longest_wait", "window",
-                     "statistics_every"):
+        for name in (
+            "every",
+            "patience",
+            "min_experts",
+            "trial",
+            "longest_wait",
+            "window",
+            "statistics_every",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise RequestError(f"{name} must be at least 1, got {value}")

@@ -238,9 +238,7 @@ def feed_forwards(model: nn.Module) -> list[Block]:
     return list(_blocks(model, places))
 
 
-def _blocks(
-    model: nn.Module, places: dict[int, list[tuple[nn.Module, str]]]
-) -> Iterator[Block]:
+def _blocks(model: nn.Module, places: dict[int, list[tuple[nn.Module, str]]]) -> Iterator[Block]:
     for path, module in model.named_modules():
         here = tuple(places.get(id(module), ()))
         if not here:
@@ -303,9 +301,7 @@ def _block(
     )
 
 
-def _split(
-    path: str, module: nn.Module, places: tuple[tuple[nn.Module, str], ...]
-) -> Block | None:
+def _split(path: str, module: nn.Module, places: tuple[tuple[nn.Module, str], ...]) -> Block | None:
     """The block whose first half is ``module``, a layer's ``intermediate``."""
     act = getattr(module, "intermediate_act_fn", None)
     up = getattr(module, "dense", None)

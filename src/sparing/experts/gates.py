@@ -13,27 +13,25 @@ class _OpenGates(torch.autograd.Function):
     """Step function with a straight-through backward over the pairs in ``heard``."""
 
     @staticmethod
-    def forward(ctx: Any, margin: Tensor, heard: Tensor) -> Tensor:
+    def forward(ctx: Any, margin: Tensor, opened: Tensor, heard: Tensor) -> Tensor:
         ctx.save_for_backward(heard)
-        return (margin > 0).to(margin.dtype)
+        return opened.to(margin.dtype)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (heard,) = ctx.saved_tensors
-        return grad * heard, None
+        return grad * heard, None, None
 
 
-def open_gates(margin: Tensor, live: Tensor, *, closed_hear: bool) -> Tensor:
-    """1 where margin > 0 and live, else 0, as float; margin, live: (T, E).
+def open_gates(margin: Tensor, opened: Tensor, heard: Tensor) -> Tensor:
+    """1 where opened, else 0, as float; margin: (T, E) float, opened, heard: (T, E) bool.
 
-    The gradient passes unchanged (straight-through): to open gates only as DynMoE was released
-    (its ReLU comes before the step), or with ``closed_hear`` to all live gates, so that a closed
-    gate can learn to open.
+    The margin by which a score passes its threshold receives the gates' gradient unchanged
+    (straight-through) where ``heard``: at open gates only in DynMoE as released (its ReLU comes
+    before the step), or at all live ones, so that a closed gate can learn to open.
     """
-    margin = margin.masked_fill(~live, -1.0)
-    heard = live if closed_hear else margin > 0
-    gates: Tensor = _OpenGates.apply(margin, heard)
+    gates: Tensor = _OpenGates.apply(margin, opened, heard)  # type: ignore[no-untyped-call]
     return gates
 
 
@@ -44,7 +42,7 @@ class _CreditClosed(torch.autograd.Function):
         return y.view_as(y)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         chosen, means = ctx.saved_tensors
         credit = (grad.to(means.dtype) @ means.t()).masked_fill(chosen, 0)
@@ -58,5 +56,5 @@ def credit_closed_gates(y: Tensor, weights: Tensor, means: Tensor) -> Tensor:
     output, which stands in for the output that a closed gate kept from being computed. The
     gradient of a closed weight is then <dL/dy_t, means_e>; open weights get theirs from the rows.
     """
-    credited: Tensor = _CreditClosed.apply(y, weights, weights.detach() != 0, means)
+    credited: Tensor = _CreditClosed.apply(y, weights, weights.detach() != 0, means)  # type: ignore[no-untyped-call]
     return credited

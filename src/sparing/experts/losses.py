@@ -56,12 +56,14 @@ def diversity(similarity: Tensor, active: Tensor) -> Tensor:
     if count < 2:
         return rows.sum() * 0
     gram = rows @ rows.t()
-    return (gram.square().sum() - gram.diagonal().square().sum()) / (count * (count - 1))
+    off: Tensor = gram.square().sum() - gram.diagonal().square().sum()
+    return off / (count * (count - 1))
 
 
 def simplicity(similarity: Tensor, active: Tensor) -> Tensor:
     """Mean norm of the active experts' rows; similarity: (E, d)."""
-    return similarity[active].norm(dim=1).mean()
+    mean: Tensor = similarity[active].norm(dim=1).mean()
+    return mean
 
 
 def published_diversity(similarity: Tensor, active: Tensor) -> Tensor:
@@ -69,12 +71,13 @@ def published_diversity(similarity: Tensor, active: Tensor) -> Tensor:
     rows = F.normalize(similarity, dim=1)
     off = rows @ rows.t() - torch.eye(rows.shape[0], dtype=rows.dtype, device=rows.device)
     both = active.to(rows.dtype)
-    return torch.linalg.norm(off * both[:, None] * both[None, :])
+    return torch.linalg.vector_norm(off * both[:, None] * both[None, :])
 
 
 def published_simplicity(similarity: Tensor) -> Tensor:
     """DynMoE as released: mean norm of the rows of all slots, inactive ones too."""
-    return similarity.norm(dim=1).mean()
+    mean: Tensor = similarity.norm(dim=1).mean()
+    return mean
 
 
 def published_balance(gates: Tensor, mask: Tensor | None = None) -> Tensor:

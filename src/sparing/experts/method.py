@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from sparing.core.clock import Clock
-from sparing.core.errors import RequestError
+from sparing.core.errors import RequestError, nearest
 from sparing.core.ledger import Ledger
 from sparing.core.method import Batch, Context, Method, Setup, Signal
 from sparing.experts.controller import ExpertController
@@ -42,9 +42,28 @@ class ExpertOptions:
         if self.init not in ("fresh", "copy"):
             raise RequestError(f'init must be "fresh" or "copy", got "{self.init}"')
         if self.zero_output and self.init == "copy":
-            raise RequestError('zero_output is for fresh experts; init="copy" keeps the dense block')
+            raise RequestError("zero_output is for fresh experts; a copy keeps the dense block")
         if isinstance(self.where, tuple):
             object.__setattr__(self, "where", list(self.where))
+
+
+Chosen = TypeVar("Chosen")
+
+
+def nested(name: str, value: Any, kind: type[Chosen]) -> Chosen:
+    """An option that is itself a set of options, given as such or as a mapping.
+
+    Raises RequestError for any other value and for keys that ``kind`` does not have.
+    """
+    if isinstance(value, kind):
+        return value
+    if not isinstance(value, Mapping):
+        raise RequestError(f"{name} must be a mapping of options, got {value!r}")
+    known = [f.name for f in fields(cast(Any, kind))]
+    for key in value:
+        if key not in known:
+            raise RequestError(f'{name} has no option "{key}"; {nearest(str(key), known)}')
+    return kind(**value)
 
 
 class RoutedExperts(Method, abc.ABC):

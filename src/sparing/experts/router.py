@@ -69,7 +69,5 @@ def orthogonal_rows_(weight: Tensor, generator: torch.Generator) -> Tensor:
 def normal_(weight: Tensor, generator: torch.Generator) -> Tensor:
     """Fill weight: (E, d) with a normal distribution of standard deviation 1/sqrt(d)."""
     with torch.no_grad():
-        weight.copy_(
-            torch.randn(weight.shape, generator=generator) / math.sqrt(weight.shape[-1])
-        )
+        weight.copy_(torch.randn(weight.shape, generator=generator) / math.sqrt(weight.shape[-1]))
     return weight

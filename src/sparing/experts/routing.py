@@ -21,7 +21,7 @@ class Routing:
 
     tokens: (R,) int64, experts: (R,) int64, weights: (R,) float, differentiable,
     counts: (E,) int64, rows of each expert, k: (T,) int64, experts of each token,
-    losses: auxiliary losses by name, scalars with gradient, already multiplied by their coefficients;
+    losses: auxiliary losses by name, scalars with gradient, times their coefficients;
     unserved: (T,) bool, real tokens that no gate opened for (before any fallback), or None;
     closed: (T, E) float, weights whose gradient is wanted where no row exists, or None
     (see ``credit_closed_gates``).

@@ -8,7 +8,6 @@ passes the expert's own threshold. ``published=True`` is the rule of the release
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, final
 
@@ -23,11 +22,17 @@ from sparing.experts import losses
 from sparing.experts.controller import ControllerOptions
 from sparing.experts.gates import open_gates
 from sparing.experts.losses import LossWeights
-from sparing.experts.method import ExpertOptions, RoutedExperts
+from sparing.experts.method import ExpertOptions, RoutedExperts, nested
 from sparing.experts.router import Router, exact, orthogonal_rows_
 from sparing.experts.routing import Routing
 
 PUBLISHED_LOSSES = LossWeights(diversity=0.01, simplicity=0.01, balance=0.01, efficiency=0.01)
+
+CHOICES = {
+    "weights": ("score", "softmax", "uniform"),
+    "closed_gates": ("zero", "mean", "none"),
+    "control": ("threshold", "loss"),
+}
 
 
 @final
@@ -39,11 +44,12 @@ class TopAnyOptions(ExpertOptions):
     published: the released rule; it fixes scale, weights, closed_gates, control and fallback.
     scale: factor of the cosine inside the sigmoid; default sqrt(d), which gives the score of a
     random token standard deviation about 1 before the sigmoid.
-    weights: of a token's experts, normalised ``score`` or ``uniform`` 1/k.
+    weights: of a token's experts: normalised sigmoid ``score``, ``softmax`` over the token's
+    experts of the same scaled cosines, or ``uniform`` 1/k.
     closed_gates: what a closed gate is told of the output that was not computed: that it is
     ``zero``, the expert's running ``mean`` output, or ``none`` (no gradient at all).
-    start_k: experts per token to start with; thresholds start at the quantile of the cosines of
-    the first ``calibration`` training batches that gives it. 0 batches: thresholds start at 0.
+    start_k: experts per token to start with, by default 2; thresholds start at the quantile of the
+    cosines of the first ``calibration`` training batches that gives it. 0 batches: at 0.
     target_k: mean experts per token to hold, or None to let the task decide.
     control: hold the target by moving ``threshold``s without a loss, or by the target_k ``loss``.
     rate: largest threshold step, in standard deviations 1/sqrt(d) of a random cosine.
@@ -54,9 +60,9 @@ class TopAnyOptions(ExpertOptions):
     start_experts: int | None = None
     published: bool = False
     scale: float | None = None
-    weights: Literal["score", "uniform"] | None = None
+    weights: Literal["score", "softmax", "uniform"] | None = None
     closed_gates: Literal["zero", "mean", "none"] | None = None
-    start_k: float = 2.0
+    start_k: float | None = None
     target_k: float | None = None
     control: Literal["threshold", "loss"] | None = None
     rate: float = 0.05
@@ -73,6 +79,18 @@ class TopAnyOptions(ExpertOptions):
                 f"start_experts must be between 1 and max_experts ({self.max_experts}), "
                 f"got {self.start_experts}"
             )
+        for name, known in CHOICES.items():
+            value = getattr(self, name)
+            if value is not None and value not in known:
+                raise RequestError(f'{name} must be one of {", ".join(known)}, got "{value}"')
+        if self.scale is not None and not self.scale > 0:
+            raise RequestError(f"scale must be above 0, got {self.scale}")
+        for name in ("rate", "calibration"):
+            value = getattr(self, name)
+            if value is not None and not value >= 0:
+                raise RequestError(f"{name} must be at least 0, got {value}")
+        if self.start_k is None:
+            object.__setattr__(self, "start_k", min(2.0, float(self.max_experts)))
         for name in ("start_k", "target_k"):
             value = getattr(self, name)
             if value is not None and not 0 < value <= self.max_experts:
@@ -88,15 +106,15 @@ class TopAnyOptions(ExpertOptions):
             "scale": 1.0,
         }
         corrected = {
-            "weights": "score",
-            "closed_gates": "mean",
+            "weights": "softmax",
+            "closed_gates": "zero",
             "calibration": 4,
-            "losses": LossWeights(balance=0.01 if self.target_k is None else 0.0),
+            # without diversity rows turn alike: tokens open all gates or none
+            "losses": LossWeights(diversity=0.1, balance=0.01 if self.target_k is None else 0.0),
         }
-        for name, given in (("losses", LossWeights), ("adapt", ControllerOptions)):
-            value = getattr(self, name)
-            if isinstance(value, Mapping):
-                object.__setattr__(self, name, given(**value))
+        for name, kind in (("losses", LossWeights), ("adapt", ControllerOptions)):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, nested(name, getattr(self, name), kind))
         if self.published and self.target_k is not None:
             raise RequestError("published=True has no target_k; leave one of the two out")
         for name, value in (released if self.published else corrected).items():
@@ -111,6 +129,8 @@ class TopAnyOptions(ExpertOptions):
             object.__setattr__(self, "control", "threshold")
         if self.target_k is None and self.control is not None:
             raise RequestError(f'control="{self.control}" needs a target_k to hold')
+        if self.losses is not None and self.losses.target_k and self.control != "loss":
+            raise RequestError('the target_k loss needs a target_k and control="loss"')
 
 
 @final
@@ -139,7 +159,9 @@ class TopAnyRouter(Router):
     def cosine(self, x: Tensor) -> Tensor:
         """(T, d) -> (T, E), the cosine of each token with each slot's row."""
         rows = F.normalize(exact(self.similarity), dim=1)
-        norm = x.norm(dim=1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny ** 0.5)
+        norm = x.norm(dim=1, keepdim=True)
+        # a token of zeros has no direction: its cosines are 0, and its gradient stays finite
+        norm = torch.where(norm > torch.finfo(x.dtype).tiny ** 0.5, norm, 1.0)
         return F.linear(x, rows) / norm
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Routing:
@@ -153,34 +175,39 @@ class TopAnyRouter(Router):
             live = self.active.expand_as(score)
             if mask is not None:
                 live = live & mask[:, None]
-            hear = not self.options.published and self.options.closed_gates != "none"
-            gates = open_gates(score - threshold, live, closed_hear=hear)
-            opened = gates.detach() > 0
+            margin = score - threshold
+            # a sigmoid of a large scale rounds to 1, where only cosines still tell above from below
+            released = self.options.published
+            above = margin > 0 if released else cosine > exact(self.threshold)
+            opened = above & live
+            hear = not released and self.options.closed_gates != "none"
+            gates = open_gates(margin, opened, live if hear else opened)
             real = torch.ones_like(opened[:, 0]) if mask is None else mask
             unserved = ~opened.any(1) & real
             auxiliary = self._losses(score, cosine, gates, opened, mask) if self.training else {}
-            return self._route(score, gates, opened, live, unserved, auxiliary)
+            level = (score if released else cosine).detach().masked_fill(~live, -2.0)
+            return self._route(score, gates, opened, level, unserved, auxiliary)
 
     def _route(
         self,
         score: Tensor,
         gates: Tensor,
         opened: Tensor,
-        live: Tensor,
+        level: Tensor,
         unserved: Tensor,
         auxiliary: dict[str, Tensor],
     ) -> Routing:
         chosen = opened
         if not (self.options.published and self.training):
             # the fallback: tokens that no gate opened for take the best expert
-            best = score.detach().masked_fill(~live, -1.0).argmax(1, keepdim=True)
+            best = level.argmax(1, keepdim=True)
             forced = torch.zeros_like(opened).scatter_(1, best, True) & unserved[:, None]
             chosen = opened | forced
             gates = gates + forced.to(gates.dtype)
         if self.options.published:
             weights = gates / chosen.sum(1, keepdim=True).clamp_min(1)
         else:
-            share = gates * score if self.options.weights == "score" else gates
+            share = gates * self._strength(score)
             # padding has no share at all: give it a sum of 1 rather than 0/0
             total = share.sum(1, keepdim=True)
             weights = share / torch.where(total > 0, total, torch.ones_like(total))
@@ -189,6 +216,15 @@ class TopAnyRouter(Router):
         if self.training and self.options.closed_gates == "mean":
             routing.closed = weights
         return routing
+
+    def _strength(self, score: Tensor) -> Tensor:
+        """What a token's weights are proportional to; (T, E), positive."""
+        if self.options.weights == "score":
+            return score
+        if self.options.weights == "softmax":
+            # the odds of a sigmoid are the exponential of its argument
+            return score / (1 - score).clamp_min(torch.finfo(score.dtype).eps)
+        return torch.ones_like(score)
 
     def _losses(
         self,
@@ -219,14 +255,16 @@ class TopAnyRouter(Router):
                 found["efficiency"] = losses.efficiency(gates, self.active, mask)
         if weight.z:
             found["z"] = losses.z(self.scale * cosine, self.active, mask)
+        weighted = {
+            name: weight.weigh(name, value)
+            for name, value in found.items()
+            if getattr(weight, name)
+        }
         if self.options.control == "loss" and self.options.target_k is not None:
             # a target without a coefficient would hold nothing
             value = losses.target_k(gates, self.options.target_k, mask)
-            found["target_k"] = value if weight.target_k else 0.01 * value
-        return {
-            name: weight.weigh(name, value) if getattr(weight, name) else value
-            for name, value in found.items()
-        }
+            weighted["target_k"] = (weight.target_k or 0.01) * value
+        return weighted
 
     @torch.no_grad()
     def _calibrate(self, cosine: Tensor, mask: Tensor | None) -> None:
@@ -238,8 +276,12 @@ class TopAnyRouter(Router):
         if seen >= (self.options.calibration or 0):
             return
         real = cosine if mask is None else cosine[mask]
-        alive = int(self.active.sum())
-        share = min(1.0, (self.options.target_k or self.options.start_k) / alive)
+        wanted = self.options.target_k or self.options.start_k
+        assert wanted is not None
+        # with missing experts tokens must be left unserved, or none would ever be missed
+        by_slots = self.options.adapt is not None and self.options.adapt.share == "slots"
+        experts = self.slots_count if by_slots else int(self.active.sum())
+        share = min(1.0, wanted / experts)
         quantile = torch.zeros_like(self.threshold)
         ranks_with_tokens = torch.tensor(float(real.shape[0] > 0))
         if real.shape[0]:
@@ -248,7 +290,8 @@ class TopAnyRouter(Router):
         if ranks_with_tokens == 0:
             return
         quantile /= ranks_with_tokens.to(quantile)
-        self.threshold += (quantile - self.threshold) / (seen + 1)
+        moved = self.threshold + (quantile - self.threshold) / (seen + 1)
+        self.threshold.copy_(torch.where(self.active, moved, self.threshold))
         self.calibrated += 1
 
     @torch.no_grad()
@@ -282,7 +325,7 @@ class TopAny(RoutedExperts):
         options = self.options
         if options.published:  # thresholds start where half of the gates open
             return float((options.start_experts or options.max_experts) / 2)
-        return float(options.target_k or options.start_k)
+        return float(options.target_k or options.start_k or 1.0)
 
     def router(self, dim: int, seed: int = 0) -> TopAnyRouter:
         return TopAnyRouter(dim, self.options, seed)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, final
 
@@ -13,7 +12,7 @@ from torch import Tensor
 from sparing.core.errors import RequestError
 from sparing.experts import losses
 from sparing.experts.losses import LossWeights
-from sparing.experts.method import ExpertOptions, RoutedExperts
+from sparing.experts.method import ExpertOptions, RoutedExperts, nested
 from sparing.experts.router import Router, exact, normal_
 from sparing.experts.routing import Routing
 
@@ -41,8 +40,7 @@ class TopKOptions(ExpertOptions):
             raise RequestError(f"k must be between 1 and experts ({self.experts}), got {self.k}")
         if self.normalize is None:
             object.__setattr__(self, "normalize", self.k > 1)
-        if isinstance(self.losses, Mapping):
-            object.__setattr__(self, "losses", LossWeights(**self.losses))
+        object.__setattr__(self, "losses", nested("losses", self.losses, LossWeights))
         for name in ("diversity", "simplicity", "efficiency", "target_k"):
             if getattr(self.losses, name):
                 raise RequestError(f"top-k routing has no {name} loss; its losses: balance, z")

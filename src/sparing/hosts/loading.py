@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, final
 
 import torch
@@ -50,6 +51,17 @@ def share(number: int, samples: int, batch_size: int, rank: int = 0, world: int 
     return slice(first + rank * each, first + (rank + 1) * each)
 
 
+def gives_batches(data: Any) -> bool:
+    """Whether ``data`` has a method ``batch(index)``.
+
+    The ``batch(batch_size)`` of Hugging Face's data sets and of data pipes is another thing.
+    """
+    method = getattr(data, "batch", None)
+    if not callable(method):
+        return False
+    return next(iter(inspect.signature(method).parameters), None) != "batch_size"
+
+
 @final
 class _Order(Sampler[list[tuple[int, int]]]):
     """Yields a micro-batch's (place, index) pairs when it is its turn, not all at once."""
@@ -75,16 +87,18 @@ def batches(
     world: int = 1,
     collate: Callable[[list[Any]], Any] = default_collate,
     workers: int = 0,
+    seed: int = 0,
 ) -> Iterator[tuple[Any, Context]]:
     """The plan's micro-batches from number ``start`` on, each with its context.
 
     A data set with a method ``batch(index)`` gives whole batches itself; any other map-style data
-    set is read through a DataLoader, by ``workers`` processes if asked.
+    set is read through a DataLoader, by ``workers`` processes if asked, whose own generators
+    start from ``seed``.
     """
     numbers = range(start, count(len(plan), batch_size, world))
     groups = [share(number, len(plan), batch_size, rank, world) for number in numbers]
     weight = plan.weight
-    if hasattr(data, "batch"):
+    if gives_batches(data):
         for group in groups:
             index = plan.index[group]
             yield data.batch(index), _context(index, None if weight is None else weight[group])
@@ -98,7 +112,8 @@ def batches(
         batch_sampler=_Order(plan, groups),
         collate_fn=_Collate(collate),
         num_workers=workers,
-        generator=torch.Generator(),  # the loader's base seed: not drawn from the global one
+        # the workers' base seed: not drawn from the global generator
+        generator=torch.Generator().manual_seed(seed),
     )
     for places, index, batch in loader:
         yield batch, _context(index, None if weight is None else weight[places])
@@ -115,7 +130,7 @@ def to_device(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, Mapping):
         return {key: to_device(value, device) for key, value in batch.items()}
     if isinstance(batch, list | tuple):
-        return type(batch)(to_device(value, device) for value in batch)
+        return _like(batch, (to_device(value, device) for value in batch))
     return batch
 
 
@@ -126,8 +141,14 @@ def first_rows(batch: Any, rows: int, of: int) -> Any:
     if isinstance(batch, Mapping):
         return {key: first_rows(value, rows, of) for key, value in batch.items()}
     if isinstance(batch, list | tuple):
-        return type(batch)(first_rows(value, rows, of) for value in batch)
+        return _like(batch, (first_rows(value, rows, of) for value in batch))
     return batch
+
+
+def _like(sequence: Any, values: Iterable[Any]) -> Any:
+    """A list, tuple or named tuple as ``sequence`` is one, of other values."""
+    kind = type(sequence)
+    return kind(*values) if hasattr(sequence, "_fields") else kind(values)
 
 
 def token_count(batch: Any, context: Context) -> int:

@@ -49,7 +49,7 @@ class Session:
         model: changed in place by methods that prepare it; use ``session.model`` afterwards.
         methods: constructed methods; their order and conflicts are checked here.
         data: a map-style data set, or anything with ``batch(index)`` and a length.
-        optimizer: builds the optimizer from groups of named parameters: ``partial(AdamW, lr=1e-3)``.
+        optimizer: builds it from groups of named parameters: ``partial(AdamW, lr=1e-3)``.
         losses: ``losses(model, batch) -> ((B,) losses, outputs)``. Optional: with it the session
             tries one batch through every seam before any compute is spent, counts the FLOPs of
             the model's dense part, and can show methods the loss of recent batches.
@@ -172,12 +172,13 @@ class Session:
                 world=self.accelerator.num_processes,
                 collate=self._collate,
                 workers=self._workers,
+                seed=self.seed * 1_000_003 + self.clock.epoch,
             )
             for batch, context in source:
                 yield self._begin(batch, context)
                 if self.finished:
                     return
-            if self._plan is plan:  # a plan of no batch at all: the epoch is over
+            if self._plan is plan:  # batches that the loop passed over: the epoch is over
                 self._end_epoch()
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -203,25 +204,29 @@ class Session:
         """Backward, and at the end of an accumulation the optimizer step and all that follows.
 
         ``losses``: (B,), one for each sample. Returns their unweighted mean on this rank. Raises
-        RunError if it is not finite, before the optimizer has been touched.
+        RunError if it is not finite, nor what the methods make of it, nor the norm of gradients
+        that are to be clipped; the optimizer has not been touched then.
         """
         mean = float(losses.detach().mean())
         if not math.isfinite(mean):
-            raise RunError(self._diagnosis(losses, context))
+            raise RunError(self._diagnosis("the loss", losses, context))
+        loss = self.loss(losses, context, outputs)
+        if not math.isfinite(float(loss.detach())):
+            raise RunError(self._diagnosis("the loss with the methods' terms", losses, context))
         total = loading.count(len(self._current_plan), self.batch_size, self._world)
         first = self._done - self._done % self.accumulate
         parts = min(self.accumulate, total - first)
-        self.accelerator.backward(self.loss(losses, context, outputs) / parts)
+        self.accelerator.backward(loss / parts)
         self._done += 1
         if self._done - first == parts:
-            self._optimizer_step(context)
+            self._optimizer_step(losses, context)
         if self._done == total:
             self._end_epoch()
         return mean
 
     @contextmanager
     def evaluating(self) -> Iterator[nn.Module]:
-        """The unwrapped model as it should be evaluated, in evaluation mode and without gradient."""
+        """The unwrapped model as it should be evaluated, in evaluation mode, without gradient."""
         model = self.unwrapped
         training = model.training
         with ExitStack() as stack:
@@ -258,7 +263,17 @@ class Session:
     # ---- state -------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """All that continues this session bit for bit: load it into one built the same way."""
+        """All that continues this session bit for bit: load it into one built the same way.
+
+        Raises RequestError within an accumulation: gradients and what methods noted of the step
+        that is under way belong to no state.
+        """
+        pending = self._done % self.accumulate
+        if pending:
+            raise RequestError(
+                f"state_dict() belongs between optimizer steps; {pending} of {self.accumulate} "
+                "micro-batches are accumulated now: call it when clock.step has moved"
+            )
         plan = self._plan
         return {
             "model": self.unwrapped.state_dict(),
@@ -330,16 +345,31 @@ class Session:
         return torch.randperm(self._size, generator=generator)
 
     def _make_plan(self) -> Plan:
-        plans = [p for p in (m.order(self.clock) for m in self.methods) if p is not None]
+        plan = self._plan_of(self.methods, self.clock)
+        ranks.agree("the plan of the epoch", plan.index)
+        if loading.count(len(plan), self.batch_size, self._world) == 0:
+            raise RunError(
+                f"the plan of epoch {self.clock.epoch} has {len(plan)} samples for {self._world} "
+                "ranks: there is nothing to train on"
+            )
+        return plan
+
+    def _plan_of(self, methods: list[Method], clock: Clock) -> Plan:
+        plans = [p for p in (m.order(clock) for m in methods) if p is not None]
         if len(plans) > 1:
             raise RequestError(
                 "more than one method plans the order of samples; attach one of them"
             )
-        plan = plans[0] if plans else Plan(self._default_order(self.clock.epoch))
-        ranks.agree("the plan of the epoch", plan.index)
-        return plan
+        return plans[0] if plans else Plan(self._default_order(clock.epoch))
 
     def _begin(self, batch: Any, context: Context) -> tuple[Any, Context]:
+        batch = self._prepared(self.methods, batch, context)
+        self._count(batch, context)
+        self._recent.append(batch)
+        self.model.train()
+        return batch, context
+
+    def _prepared(self, methods: list[Method], batch: Any, context: Context) -> Any:
         batch = loading.to_device(batch, self.accelerator.device)
         mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
         if isinstance(mask, Tensor) and mask.ndim == 2:
@@ -347,12 +377,9 @@ class Session:
         if self._domain_of is not None and context.index.shape[1] == 1:
             context.domain = self._domain_of(context.index[:, 0])
             context.extra["domains"] = self.domains
-        for method in self.methods:
+        for method in methods:
             batch = method.batch(batch, context)
-        self._count(batch, context)
-        self._recent.append(batch)
-        self.model.train()
-        return batch, context
+        return batch
 
     def _count(self, batch: Any, context: Context) -> None:
         samples, tokens = context.index.shape[0], loading.token_count(batch, context)
@@ -375,14 +402,16 @@ class Session:
             self._static[key] = flops.count(model, lambda: losses(model, batch)[0].mean()).total
         return self._static[key]
 
-    def _optimizer_step(self, context: Context) -> None:
+    def _optimizer_step(self, losses: Tensor, context: Context) -> None:
         optimizer = self._torch_optimizer
         self.accelerator.unscale_gradients(self.optimizer)
         for method in self.methods:
             if implements(method, "grads"):
                 method.grads(self.unwrapped.named_parameters(), context)
         if self.clip is not None:
-            torch.nn.utils.clip_grad_norm_(self.unwrapped.parameters(), self.clip)
+            norm = torch.nn.utils.clip_grad_norm_(self.unwrapped.parameters(), self.clip)
+            if not math.isfinite(float(norm)):  # a step with it would make every weight NaN
+                raise RunError(self._diagnosis("the gradient", losses, context))
         if self._schedule is not None:
             factor = self._schedule(self.clock.fraction)
             for group in optimizer.param_groups:
@@ -416,24 +445,23 @@ class Session:
         return mean
 
     def _dry_run(self, model: nn.Module) -> None:
-        """One batch through every seam, on copies: what would fail at step 1, or 1000, fails now."""
+        """One batch through every seam, on copies: what would fail at step 1 fails now."""
         assert self._losses is not None
         clock = copy.copy(self.clock)
         kept = random_state()
         model, methods = copy.deepcopy((model, self.methods))
         try:
-            planned = [p for p in (m.order(clock) for m in methods) if p is not None]
-            plan = planned[0] if planned else Plan(self._default_order(0))
-            rows = Plan(plan.index[: self.batch_size])
+            for method in methods:
+                method.bind(size=self._size, steps=clock.steps, seed=self.seed, model=model)
+            plan = self._plan_of(methods, clock)
+            weight = plan.weight
+            first = slice(0, self.batch_size)
+            rows = Plan(plan.index[first], None if weight is None else weight[first])
             batch, context = next(
                 loading.batches(self.data, rows, batch_size=self.batch_size, collate=self._collate)
             )
-            device = self.accelerator.device
-            model.to(device).train()
-            batch = loading.to_device(batch, device)
-            for method in methods:
-                method.bind(size=self._size, steps=clock.steps, seed=self.seed, model=model)
-                batch = method.batch(batch, context)
+            model.to(self.accelerator.device).train()
+            batch = self._prepared(methods, batch, context)
             with self.autocast():
                 losses, outputs = self._losses(model, batch)
             if losses.shape != context.index.shape[:1]:
@@ -447,13 +475,16 @@ class Session:
                     f"the first batch's losses are not finite: {losses.detach().tolist()}; "
                     "check the data and the model's initialisation"
                 )
-            combine(methods, losses, context, outputs).backward()
+            torch.autograd.backward(combine(methods, losses, context, outputs))
+            clock.step, spent = 1, Ledger()
             for method in methods:
                 method.grads(model.named_parameters(), context)
+                method.step(clock, None)
+                method.account(spent)
         finally:
             set_random_state_(kept)
 
-    def _diagnosis(self, losses: Tensor, context: Context) -> str:
+    def _diagnosis(self, what: str, losses: Tensor, context: Context) -> str:
         bad = (~torch.isfinite(losses.detach())).nonzero().flatten().tolist() or list(
             range(losses.numel())
         )
@@ -462,7 +493,7 @@ class Session:
             names = sorted({self.domains[int(d)] for d in context.domain[bad]})
             where += f" of {', '.join(names)}"
         return (
-            f"the loss is not finite at step {self.clock.step + 1} ({where}); the optimizer was "
+            f"{what} is not finite at step {self.clock.step + 1} ({where}); the optimizer was "
             "not stepped. Lower the learning rate, or look at these samples"
         )
 

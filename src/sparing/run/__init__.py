@@ -1,0 +1,1 @@
+"""Runs of recipes: their directories, records and pages."""

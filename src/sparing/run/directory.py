@@ -40,20 +40,22 @@ class RunDirectory:
             raise RequestError(f"{file} is not a recipe of this version: {error}") from None
 
     def claim(self, recipe: Recipe, *, resume: bool) -> Recipe:
-        """Take the directory for a run of ``recipe``, and return the recipe that will run.
+        """Check that a run of ``recipe`` may go here, and return the recipe that will run.
 
-        A run to resume keeps what it had measured and recorded. Raises RequestError if the
-        directory holds another recipe, a finished run, or an unfinished one without ``resume``.
+        Nothing is written yet. A run to resume keeps what it had measured and recorded. Raises
+        RequestError if the directory holds another recipe, a finished run, an unfinished one
+        without ``resume``, or none at all with it.
         """
         held = self.recipe()
         if held is None:
+            if self.path.exists() and not self.path.is_dir():
+                raise RequestError(f"{self.path} is not a directory; choose another by --out")
             if self.path.is_dir() and any(self.path.iterdir()):
                 raise RequestError(
                     f"{self.path} is not empty and holds no run; choose another directory by --out"
                 )
             if resume:
                 raise RequestError(f"there is no run to resume in {self.path}; leave --resume out")
-            self.write_recipe(recipe)
             return recipe
         found = difference(_comparable(held, recipe), recipe)
         if found:
@@ -76,10 +78,17 @@ class RunDirectory:
         """Write recipe.yaml."""
         atomic_write_text(self.path / "recipe.yaml", recipe.to_yaml())
 
-    def rewind(self, step: int) -> None:
-        """Open metrics.jsonl to append, without the lines of steps after ``step``."""
+    def rewind(self, step: int, steps: int) -> None:
+        """Open metrics.jsonl to append, without the lines that a run from ``step`` on will write.
+
+        These are the lines of later steps, and the evaluation after the last of ``steps``.
+        """
         file = self.path / "metrics.jsonl"
-        kept = [line for line in _lines(file) if line["step"] <= step]
+        kept = [
+            line
+            for line in _lines(file)
+            if line["step"] <= step and (line["step"] < steps or line.get("kind") != "eval")
+        ]
         atomic_write_text(file, "".join(json.dumps(line) + "\n" for line in kept))
         self._metrics = file.open("a", encoding="utf-8")
 
@@ -107,6 +116,18 @@ def free_path(base: Path) -> Path:
         number += 1
         path = base.with_name(f"{base.name}-{number}")
     return path
+
+
+def unfinished_path(base: Path) -> Path:
+    """The newest of ``base``, base-2, base-3, ... that holds no finished run, to go on with.
+
+    The newest of them if all are finished, ``base`` if there is none.
+    """
+    found = [base]
+    while (following := base.with_name(f"{base.name}-{len(found) + 1}")).exists():
+        found.append(following)
+    left = [path for path in found if not RunDirectory(path).finished]
+    return (left or found)[-1]
 
 
 def _comparable(held: Recipe, asked: Recipe) -> Recipe:

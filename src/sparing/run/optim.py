@@ -20,28 +20,30 @@ def optimizer(train: Train) -> Callable[[Any], torch.optim.Optimizer]:
     name matches none of ``adamw_names`` are Muon's; AdamW has the rest.
     """
 
+    with_muon = train.optimizer == "muon"
+
     def build(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         split: dict[tuple[int, bool, bool, float], dict[str, Any]] = {}
         for number, group in enumerate(groups):
             shared = {key: value for key, value in group.items() if key != "params"}
             for name, p in group["params"]:
                 matrix = p.ndim >= 2
-                muon = train.optimizer == "muon" and matrix
-                muon = muon and not _matches(name, train.adamw_names)
+                muon = with_muon and matrix and not _matches(name, train.adamw_names)
                 rate = _rate(name, train, muon=muon)
+                rule = {"rule": "muon" if muon else "adamw"} if with_muon else {}
                 entry = split.setdefault(
                     (number, matrix, muon, rate),
                     {
                         "lr": rate,
                         "weight_decay": train.weight_decay if matrix else 0.0,
-                        **({"rule": "muon" if muon else "adamw"} if train.optimizer == "muon" else {}),
+                        **rule,
                         **shared,
                         "params": [],
                     },
                 )
                 entry["params"].append((name, p))
-        kind = registry.optimizer("muon") if train.optimizer == "muon" else torch.optim.AdamW
-        fused = {} if train.optimizer == "muon" else {"fused": True}
+        kind = registry.optimizer("muon") if with_muon else torch.optim.AdamW
+        fused = {} if with_muon else {"fused": True}
         built: torch.optim.Optimizer = kind(
             list(split.values()), lr=train.learning_rate, betas=train.betas, **fused
         )

@@ -29,7 +29,7 @@ def probe(model: nn.Module, losses: Losses, batch: Any, device: torch.device) ->
                 begun = time.perf_counter()
                 with torch.autocast(device.type, dtype=torch.bfloat16, enabled=name == "bf16"):
                     loss = losses(copied, batch)[0].mean()
-                loss.backward()
+                torch.autograd.backward(loss)
                 copied.zero_grad(set_to_none=True)
                 if device.type == "cuda":
                     torch.cuda.synchronize(device)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, final
+from typing import Any, Literal, final, get_args, get_type_hints
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -25,10 +25,10 @@ class Train:
 
     tokens or epochs: the budget, whichever ends first. optimizer ``muon`` moves matrices at
     ``muon_rate``, and by AdamW at ``learning_rate`` all vectors and what ``adamw_names`` matches.
-    ``rates`` sets the rate of parameters by the first pattern that their name matches. Rates rise linearly over the ``warmup`` share
-    of steps and fall by ``schedule`` to ``final`` of themselves. weight_decay acts
-    on matrices only. clip: largest gradient norm, null for none. precision ``auto`` is measured
-    by a short probe, recorded, and kept on resume.
+    ``rates`` sets the rate of parameters by the first pattern that their name matches. Rates rise
+    linearly over the ``warmup`` share of steps and fall by ``schedule`` to ``final`` of
+    themselves. weight_decay acts on matrices only. clip: largest gradient norm, null for none.
+    precision ``auto`` is measured by a short probe, recorded, and kept on resume.
     """
 
     tokens: int | None = None
@@ -107,6 +107,10 @@ class Recipe:
     needs: tuple[str, ...] = ()
     smoke: dict[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**32:
+            raise RequestError(f"seed must be in [0, 2**32), got {self.seed}")
+
     def build_methods(self) -> list[Method]:
         """The recipe's methods, constructed."""
         return [registry.method(name)(**options) for name, options in self.methods.items()]
@@ -146,8 +150,8 @@ def load(source: str, overrides: Iterable[str] = (), *, smoke: bool | None = Non
     if smoke is None:
         smoke = os.environ.get("SPARING_SMOKE", "") == "1"
     if smoke:
-        for key, value in (body.get("smoke") or {}).items():
-            _set(body, key, value)
+        for key, value in _mapping(body, "smoke").items():
+            _set(body, str(key), value)
     for override in overrides:
         key, sign, text = override.partition("=")
         if not sign or not key:
@@ -164,7 +168,7 @@ def resolve(body: Mapping[str, Any]) -> Recipe:
     """Validate plain data as a recipe and fill in every default."""
     body = dict(body)
     # an override of null takes a method out
-    given_methods = body.get("methods") or {}
+    given_methods = _mapping(body, "methods")
     body["methods"] = {name: o for name, o in given_methods.items() if o is not None}
     recipe: Recipe = checked(Recipe, body, "recipe")
     task = dict(recipe.task)
@@ -176,6 +180,8 @@ def resolve(body: Mapping[str, Any]) -> Recipe:
     methods = {}
     for method, given in recipe.methods.items():
         kind = registry.method(method)
+        if kind.name in methods:
+            raise RequestError(f'methods names "{kind.name}" twice, once as "{method}"; keep one')
         methods[kind.name] = asdict(checked(kind.Options, given, f"methods.{method}"))
     whole = {f.name: getattr(recipe, f.name) for f in fields(recipe)}
     whole |= {"task": {"name": name, **asdict(options)}, "methods": methods}
@@ -199,14 +205,25 @@ def checked(kind: type[Any], given: Any, where: str) -> Any:
 
 
 def _check_keys(kind: type[Any], given: Mapping[str, Any], where: str) -> None:
-    known = {f.name: f for f in fields(kind)}
+    known = [f.name for f in fields(kind)]
+    hints = get_type_hints(kind)
     for key, value in given.items():
         if key not in known:
             raise unknown(f"key in {where}", str(key), known)
-        default = known[key].default_factory
-        nested = default if isinstance(default, type) and is_dataclass(default) else None
-        if nested is not None and isinstance(value, Mapping):
-            _check_keys(nested, value, f"{where}.{key}")
+        # the annotation is a dataclass, or one or None
+        parts = (hints[key], *get_args(hints[key]))
+        nested = [part for part in parts if isinstance(part, type) and is_dataclass(part)]
+        if nested and isinstance(value, Mapping):
+            _check_keys(nested[0], value, f"{where}.{key}")
+
+
+def _mapping(body: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    given = body.get(key)
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping):
+        raise RequestError(f"recipe.{key} must be a mapping, got {given!r}")
+    return given
 
 
 def difference(one: Recipe, other: Recipe) -> str | None:
@@ -232,7 +249,10 @@ def _read(source: str) -> dict[str, Any]:
     if path.suffix in (".yaml", ".yml") or path.is_file():
         if not path.is_file():
             raise RequestError(f"there is no recipe file {source}")
-        text, name = path.read_text(encoding="utf-8"), path.stem
+        try:
+            text, name = path.read_text(encoding="utf-8"), path.stem
+        except (OSError, UnicodeDecodeError) as error:
+            raise RequestError(f"{source} cannot be read: {error}") from None
     else:
         if source not in available():
             raise unknown("recipe", source, available())

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
+import importlib.util
 import math
+import random
 import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, final
 
+import numpy as np
 import torch
 from torch import nn
 
 from sparing.core.errors import RequestError, RunError, SparingError
+from sparing.core.random_state import random_state, set_random_state_
 from sparing.hosts.session import Session
 from sparing.run import record
 from sparing.run.directory import RunDirectory
 from sparing.run.optim import optimizer, schedule
 from sparing.run.precision import probe
 from sparing.run.progress import Display, Quiet, signal_values
-from sparing.run.recipe import Recipe
+from sparing.run.recipe import Recipe, difference, resolve
 
 EXTRAS = {
     "hf": ("transformers",),
@@ -44,7 +49,7 @@ def planned_steps(recipe: Recipe, task: Any, world: int = 1) -> int | None:
     train = recipe.train
     if train.tokens is None:
         return None
-    per_step = train.batch_size * train.accumulate * world * task.tokens_per_sample
+    per_step: int = train.batch_size * train.accumulate * world * task.tokens_per_sample
     if train.tokens < per_step:
         raise RequestError(
             f"train.tokens is {train.tokens}, less than one step of {per_step} tokens "
@@ -73,11 +78,22 @@ def run(
     if recipe.train.threads is not None:
         torch.set_num_threads(recipe.train.threads)
     recipe = directory.claim(recipe, resume=resume)
-    try:
+    with _seeded(recipe.seed), closing(directory):
         whole = _Run(recipe, directory, display or Quiet(), resume=resume)
         return whole.go(page=page, command=command or f"sparing run {recipe.name}")
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Dropout and the like follow the recipe's seed; afterwards the generators are as they were."""
+    kept = random_state()
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002  a task's libraries may draw from the global one
+    try:
+        yield
     finally:
-        directory.close()
+        set_random_state_(kept)
 
 
 @final
@@ -88,6 +104,7 @@ class _Run:
         self.recipe, self.directory, self.display = recipe, directory, display
         self.resume = resume
         self.seconds = 0.0
+        self.lately = _Lately()
         self.probed: dict[str, float] = {}
         self.task = recipe.build_task()
         display.note(f"{recipe.name}: loading {recipe.task['name']}")
@@ -106,7 +123,6 @@ class _Run:
                 recipe,
                 train=dataclasses.replace(train, precision=chosen),  # type: ignore[arg-type]
             )
-            self.directory.write_recipe(recipe)
             self.display.note(
                 "precision: "
                 + ", ".join(f"{name} {1000 * s:.0f} ms" for name, s in self.probed.items())
@@ -137,7 +153,9 @@ class _Run:
         assert steps is not None
         if self.resume:
             self._restore()
-        self.directory.rewind(clock.step)
+        else:  # not before: a request that turned out wrong leaves nothing behind
+            self.directory.write_recipe(self.recipe)
+        self.directory.rewind(clock.step, steps)
         watch = self.recipe.watch
         every = {
             name: max(1, round(getattr(watch, name) * steps))
@@ -145,7 +163,7 @@ class _Run:
         }
         self.display.start(self.recipe.name, steps, clock.step)
         begun, before = time.monotonic(), self.seconds
-        lately = _Lately()
+        lately = self.lately
         try:
             for batch, context in session:
                 losses, outputs = session.forward(batch)
@@ -154,7 +172,7 @@ class _Run:
                 if clock.step == step:
                     continue  # within an accumulation
                 self.seconds = before + time.monotonic() - begun
-                self._report(lately, force=clock.step % every["log"] == 0 or clock.step == steps)
+                self._report(force=clock.step % every["log"] == 0 or clock.step == steps)
                 if clock.step % every["evaluate"] == 0 and clock.step < steps:
                     self._evaluate()
                     self.seconds = before + time.monotonic() - begun
@@ -171,8 +189,8 @@ class _Run:
 
     # ---- while it runs -----------------------------------------------------------------------
 
-    def _report(self, lately: _Lately, *, force: bool) -> None:
-        session, clock = self.session, self.session.clock
+    def _report(self, *, force: bool) -> None:
+        session, clock, lately = self.session, self.session.clock, self.lately
         for event in session.take_events():
             self._log_event(event)
         signals = session.signals()
@@ -224,6 +242,7 @@ class _Run:
 
     def _save(self) -> None:
         state = {"session": self.session.state_dict(), "seconds": self.seconds}
+        state["lately"] = self.lately.state_dict()
         about = {
             "recipe": self.recipe.to_dict(),
             "fingerprint": self.task.fingerprint,
@@ -237,6 +256,12 @@ class _Run:
             self.display.note("no checkpoint was written yet; starting from the beginning")
             return
         _, state, about = newest
+        other = difference(resolve(about["recipe"]), self.recipe)
+        if other:
+            raise RequestError(
+                f"the checkpoint in {self.directory.path} is of another recipe: {other}; "
+                "start a new run by --out"
+            )
         if about["fingerprint"] != self.task.fingerprint:
             raise RequestError(
                 f"the run in {self.directory.path} was trained on other data (its hash is "
@@ -245,6 +270,7 @@ class _Run:
             )
         self.session.load_state_dict(state["session"])
         self.seconds = state["seconds"]
+        self.lately.load_state_dict(state["lately"])
         self.probed = about["probed"]
 
     def _kept(self) -> str:
@@ -319,6 +345,12 @@ class _Lately:
         elif now - self._then[0] > 1.0:
             self.speed = (tokens - self._then[1]) / (now - self._then[0])
             self._then = (now, tokens)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"loss": self.loss, "sum": self._sum, "count": self._count}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.loss, self._sum, self._count = state["loss"], state["sum"], state["count"]
 
     def take(self) -> float:
         mean = self._sum / max(self._count, 1)

@@ -130,7 +130,7 @@ class Muon(torch.optim.Optimizer):
             flat = [update.reshape(-1, rows, columns) for _, update in entries]
             moved = orthogonalize(torch.cat(flat), group["iterations"])
             rate = group["lr"] * max(1.0, rows / columns) ** 0.5
-            parts = moved.split([part.shape[0] for part in flat])
+            parts = torch.split(moved, [part.shape[0] for part in flat])
             for (p, _), part in zip(entries, parts, strict=True):
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.add_(part.view_as(p), alpha=-rate)

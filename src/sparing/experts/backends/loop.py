@@ -22,7 +22,10 @@ from sparing.experts.backends.activations import ACTIVATIONS
 from sparing.experts.backends.parts import Forward, Grads, Needs, Nets, Rows, combine, like
 
 CHUNK = 1024
-"""Rows that are computed at a time: bounds the buffers when one expert takes every token."""
+"""Rows that are computed at a time, at most: it bounds the buffers."""
+
+CHUNK_WIDENED = 384
+"""The same where rows are widened, whose buffers are twice as large as what is stored."""
 
 
 class _Piece(NamedTuple):
@@ -33,13 +36,15 @@ class _Piece(NamedTuple):
     last: bool
 
 
-def _pieces(counts: list[int]) -> Iterator[_Piece]:
+def _pieces(counts: list[int], chunk: int) -> Iterator[_Piece]:
     start = 0
     for expert, count in enumerate(counts):
-        end = start + count
-        for at in range(start, end, CHUNK):
-            yield _Piece(expert, at, min(at + CHUNK, end), at == start, at + CHUNK >= end)
-        start = end
+        end, parts = start + count, -(-count // chunk)
+        for part in range(parts):
+            # parts of one size: no short rest, whose products would be slow
+            stop = end - count * (parts - 1 - part) // parts
+            yield _Piece(expert, start, stop, part == 0, part == parts - 1)
+            start = stop
 
 
 @cache
@@ -57,7 +62,8 @@ class _Desk:
 
     def __init__(self, x: Tensor, counts: list[int]) -> None:
         self.dtype, self.device = arithmetic(x.device.type, x.dtype), x.device
-        self.size = min(CHUNK, max(counts, default=0))
+        self.chunk = CHUNK if self.dtype == x.dtype else CHUNK_WIDENED
+        self.size = min(self.chunk, max(counts, default=0))
         self.kept: dict[str, Tensor] = {}
 
     def rows(self, name: str, n: int, width: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -117,7 +123,7 @@ def forward(x: Tensor, rows: Rows, nets: Nets, *, save: bool, means: bool) -> Fo
     a_all, b_all = like(x, save, total, width), like(x, save and gated, total, width)
     out = like(x, True, total, out_dim, dtype=desk.dtype)
     sums = torch.zeros((slots, out_dim) if means else (0,), dtype=torch.float32, device=x.device)
-    for expert, start, stop, first, _last in _pieces(counts):
+    for expert, start, stop, first, _last in _pieces(counts, desk.chunk):
         if first:
             up, down = desk.lift("up", ups[expert]), desk.lift("down", downs[expert])
             gate = desk.lift("gate", gates[expert]) if gated else None
@@ -161,7 +167,7 @@ def backward(
     gw = like(rows.weights, needs.weights, total)
     places = _places(nets, counts, needs.nets)
     weights = rows.weights.to(desk.dtype).unsqueeze(1)
-    for expert, start, stop, first, last in _pieces(counts):
+    for expert, start, stop, first, last in _pieces(counts, desk.chunk):
         if first:
             up, down = desk.lift("up", ups[expert]), desk.lift("down", downs[expert])
             gate = desk.lift("gate", gates[expert]) if gates else None

@@ -23,10 +23,10 @@ class LanguageOptions:
     transformer of the LLaMA architecture: ``dim`` wide, ``layers`` deep, with ``heads`` query
     heads over ``kv_heads`` key-value heads (None: as many), gated feed-forward blocks ``width``
     wide, initialised with standard deviation ``init_std``, its embedding with ``embed_std`` (None:
-    the same), and with ``zero_output`` the last projection of every block with zeros; ``tied`` shares the embedding with the
-    output. ``vocab`` is 256, since tokens are bytes. ``eval_windows`` held-out windows per domain
-    are scored, ``eval_batch`` at a time. ``sample_bytes`` and ``passage_bytes``: how much text the
-    page shows per domain.
+    the same), and with ``zero_output`` the last projection of every block with zeros; ``tied``
+    shares the embedding with the output. ``vocab`` is 256, since tokens are bytes.
+    ``eval_windows`` held-out windows per domain are scored, ``eval_batch`` at a time. ``sample_bytes`` and
+    ``passage_bytes``: how much text the page shows per domain.
 
     Raises RequestError for unknown, repeated or no domains and for numbers that do not fit.
     """
