@@ -34,7 +34,6 @@ class Case:
         k: int,
         *,
         exact: bool,
-        uneven: bool = False,
         dtype: torch.dtype = torch.float32,
         gated: bool = True,
     ) -> None:
@@ -47,9 +46,7 @@ class Case:
             self.choice = scores.topk(k).indices
             self.chosen = torch.zeros(tokens, slots).bool().scatter_(1, self.choice, True)
         else:
-            # uneven: the fullest expert has 5 times as many rows as the emptiest, the mean is k
-            share = torch.linspace(1, 5, slots) / 3 if uneven else torch.ones(slots)
-            self.chosen = scores < share * k / slots
+            self.chosen = scores < k / slots
         self.weights = torch.rand(tokens, slots, generator=draw).to(dtype).requires_grad_()
         self.x = torch.randn(tokens, dim, generator=draw).to(dtype).requires_grad_()
         self.grad = torch.randn(tokens, dim, generator=draw).to(dtype)
@@ -190,8 +187,8 @@ class Case:
         }
 
 
-def against_one_hot(turns: dict[str, Any], *, gated: bool, uneven: bool = False) -> dict[str, Any]:
-    case = Case(2048, 256, 512, 16, 3, exact=False, gated=gated, uneven=uneven)
+def against_one_hot(turns: dict[str, Any], *, gated: bool) -> dict[str, Any]:
+    case = Case(2048, 256, 512, 16, 3, exact=False, gated=gated)
     functions = {
         "ours": case.ours(),
         "one-hot": case.one_hot,
@@ -200,9 +197,7 @@ def against_one_hot(turns: dict[str, Any], *, gated: bool, uneven: bool = False)
     }
     times = in_turns(functions, before=case.clear, **turns)
     return {
-        "sizes": "T=2048 d=256 f=512 E=16",
-        "routing": "each expert takes a token with probability "
-        + ("1/16 (the first) to 5/16 (the last)" if uneven else "3/16"),
+        "sizes": "T=2048 d=256 f=512 E=16, each expert takes a token with probability 3/16",
         "gated": gated,
         "mean_k": round(case.rows / 2048, 3),
         "base": "ours",
@@ -251,9 +246,6 @@ def main() -> None:
     results = {
         "plain, against one-hot dispatch": against_one_hot(n, gated=False),
         "SwiGLU, against one-hot dispatch": against_one_hot(n, gated=True),
-        "SwiGLU, uneven loads, against one-hot dispatch": against_one_hot(
-            n, gated=True, uneven=True
-        ),
         "float32, against a dense chain": against_dense(n, torch.float32),
         "bfloat16, against a dense chain": against_dense(n, torch.bfloat16),
     }

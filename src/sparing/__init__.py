@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from sparing.experts.controller import ExpertController as ExpertController
     from sparing.experts.layer import router_loss as router_loss
     from sparing.experts.moefy import moefy_ as moefy_
+    from sparing.experts.statistics import observe as observe
+    from sparing.experts.statistics import statistics as statistics
     from sparing.experts.storage import load as load
     from sparing.experts.storage import save as save
     from sparing.experts.top_any import TopAny as TopAny
@@ -45,8 +47,10 @@ _HOMES = {
     "TopK": "experts.top_k",
     "load": "experts.storage",
     "moefy_": "experts.moefy",
+    "observe": "experts.statistics",
     "router_loss": "experts.layer",
     "save": "experts.storage",
+    "statistics": "experts.statistics",
 }
 
 __all__ = [
@@ -66,8 +70,10 @@ __all__ = [
     "__version__",
     "load",
     "moefy_",
+    "observe",
     "router_loss",
     "save",
+    "statistics",
 ]
 
 

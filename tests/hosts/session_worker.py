@@ -1,9 +1,13 @@
-"""What each of two gloo ranks does: run as a script by test_session_ranks."""
+"""What each of two gloo ranks does: run as a script by test_session_ranks.
+
+Both are forks of one process, since imports take most of the time.
+"""
 
 from __future__ import annotations
 
 import os
 import sys
+import traceback
 from datetime import timedelta
 from typing import Any
 
@@ -18,6 +22,7 @@ from toys import (
     Whole,
     language_session,
     linear,
+    llama,
     restless,
     session,
     train,
@@ -110,8 +115,7 @@ def empty() -> None:
         next(iter(session(order=one, steps=2)))
 
 
-if __name__ == "__main__":
-    number, store, path = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+def rank(number: int, store: str, path: str) -> None:
     torch.set_num_threads(1)
     # what a launcher sets; the group itself meets in a file, so that no port is needed
     os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": "2"}
@@ -121,10 +125,35 @@ if __name__ == "__main__":
         init_method=f"file://{store}",
         rank=number,
         world_size=2,
-        timeout=timedelta(seconds=120),
+        timeout=timedelta(seconds=300),
     )
     plain(number, path)
     experts()
     disagreement(number)
     empty()
     dist.destroy_process_group()
+
+
+def fork(number: int, store: str, path: str) -> int:
+    child = os.fork()
+    if child:
+        return child
+    status = 1
+    try:
+        rank(number, store, path)
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+if __name__ == "__main__":
+    import accelerate  # noqa: F401  both forks need it
+
+    llama()
+    children = [fork(number, sys.argv[1], sys.argv[2]) for number in range(2)]
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    sys.exit(codes != [0, 0])

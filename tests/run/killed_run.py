@@ -1,4 +1,8 @@
-"""Runs the tiny recipe and dies at a step; test_runner runs it, because a kill needs a process."""
+"""Runs the tiny recipe and dies; test_runner starts it, because a kill needs a process.
+
+Arguments: for each run its directory, ``step`` or ``save``, and at which one it dies. Imports take
+most of the time, so that all runs are forks of one process.
+"""
 
 from __future__ import annotations
 
@@ -38,8 +42,19 @@ def die_while_saving(number: int) -> None:
     state.save_file = deadly
 
 
-if __name__ == "__main__":
-    out, how, number = sys.argv[1], sys.argv[2], int(sys.argv[3])
+def live(out: str, how: str, number: int) -> None:
     if how == "save":
         die_while_saving(number)
     run(tiny(), out, display=Deadly(number if how == "step" else -1))
+
+
+if __name__ == "__main__":
+    recipe = tiny()
+    recipe.build_task().model(0)  # imports what every run needs
+    for out, how, number in zip(*[iter(sys.argv[1:])] * 3, strict=True):
+        child = os.fork()
+        if child == 0:
+            live(out, how, int(number))
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        print(out, os.waitstatus_to_exitcode(status))

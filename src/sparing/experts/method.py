@@ -77,6 +77,7 @@ class RoutedExperts(Method, abc.ABC):
         self.controller: ExpertController | None = None
         self.events: list[dict[str, Any]] = []
         self._seed = 0
+        self._parameters = 0
         self._probe: Callable[[], Tensor] | None = None
         self._waiting: dict[str, Any] | None = None
 
@@ -137,6 +138,7 @@ class RoutedExperts(Method, abc.ABC):
         if layers == self.layers:
             return
         self.layers = layers
+        self._parameters = sum(p.numel() for p in model.parameters())
         self.controller = ExpertController(
             [(layer.name, layer) for layer in layers],
             getattr(self.options, "adapt", None),
@@ -200,11 +202,15 @@ class RoutedExperts(Method, abc.ABC):
         controller = self.controller
         if controller is None:
             return {}
-        latest = controller.statistics()
+        history = controller.history
+        shown = {
+            column: {name: history.recent(name, column) for name in history.layers}
+            for column in ("domain_load", "k_counts")
+        }
         return {
-            "history": controller.history.to_dict(),
-            "load": {n: p["domain_load"] for n, p in latest.items() if p["domain_load"]},
-            "k_counts": {n: p["k_counts"] for n, p in latest.items()},
+            "history": history.to_dict(),
+            "load": {name: load for name, load in shown["domain_load"].items() if load},
+            "k_counts": {name: counts for name, counts in shown["k_counts"].items() if counts},
             "passages": [{**p, "k": self._experts_per_token(p, read)} for p in passages],
         }
 
@@ -230,6 +236,20 @@ class RoutedExperts(Method, abc.ABC):
         for layer in self.layers:
             spent, dense = layer.take_flops()
             ledger.add("flops", spent=spent, dense=dense)
+        spent, dense = self._active_parameters()
+        ledger.set_level("active_parameters", spent=spent, dense=dense)
+
+    def _active_parameters(self) -> tuple[int, int]:
+        """Parameters that a token passes on average, and with every live expert."""
+        spent = dense = self._parameters
+        latest = self.controller.statistics() if self.controller is not None else {}
+        for layer in self.layers:
+            each = sum(p[0].numel() for p in layer.experts.parameters())
+            alive = int(layer.router.active.sum())
+            k = latest[layer.name]["mean_k"] if layer.name in latest else self.expected_k
+            spent -= round(each * (self.slots - k))
+            dense -= each * (self.slots - alive)
+        return spent, dense
 
     def signals(self) -> dict[str, Signal]:
         return self.controller.signals() if self.controller is not None else {}

@@ -78,10 +78,11 @@ class History:
 
     ``steps``: the optimizer step at the end of each point's window. Per layer: ``alive``, experts;
     ``mean_k``, rows per token; ``unserved``, share of tokens that no gate opened for, before any
-    fallback; ``tokens``; ``load``, rows of each slot; ``k_counts``, tokens by number of experts.
+    fallback; ``tokens``; ``load``, rows of each slot; ``k_counts``, tokens by number of experts;
+    ``domain_load``, rows by domain and slot, None where domains are unknown.
     """
 
-    COLUMNS = ("alive", "mean_k", "unserved", "tokens", "load", "k_counts")
+    COLUMNS = ("alive", "mean_k", "unserved", "tokens", "load", "k_counts", "domain_load")
 
     def __init__(self, names: Sequence[str]) -> None:
         self.layers: dict[str, dict[str, list[Any]]] = {
@@ -94,6 +95,17 @@ class History:
             columns["steps"].append(step)
             for column in self.COLUMNS:
                 columns[column].append(points[name][column])
+
+    def recent(self, layer: str, column: str, share: float = 0.1) -> Any:
+        """The sum of ``column`` over the last ``share`` of the points, at least one; None if none.
+
+        column: ``load`` or ``k_counts`` (lists), or ``domain_load`` (a list of lists).
+        """
+        points = self.layers[layer][column]
+        last = points[-max(1, round(share * len(points))) :]
+        if not last or any(point is None for point in last):
+            return None
+        return torch.tensor(last).sum(0).tolist()
 
     def to_dict(self) -> dict[str, dict[str, list[Any]]]:
         """``{layer: {"steps": [...], "alive": [...], ...}}``, plain data, a copy."""

@@ -186,11 +186,12 @@ class TopAnyRouter(Router):
             unserved = ~opened.any(1) & real
             auxiliary = self._losses(score, cosine, gates, opened, mask) if self.training else {}
             level = (score if released else cosine).detach().masked_fill(~live, -2.0)
-            return self._route(score, gates, opened, level, unserved, auxiliary)
+            return self._route(score, cosine, gates, opened, level, unserved, auxiliary)
 
     def _route(
         self,
         score: Tensor,
+        cosine: Tensor,
         gates: Tensor,
         opened: Tensor,
         level: Tensor,
@@ -207,7 +208,7 @@ class TopAnyRouter(Router):
         if self.options.published:
             weights = gates / chosen.sum(1, keepdim=True).clamp_min(1)
         else:
-            share = gates * self._strength(score)
+            share = gates * self._strength(score, cosine, chosen)
             # padding has no share at all: give it a sum of 1 rather than 0/0
             total = share.sum(1, keepdim=True)
             weights = share / torch.where(total > 0, total, torch.ones_like(total))
@@ -217,13 +218,15 @@ class TopAnyRouter(Router):
             routing.closed = weights
         return routing
 
-    def _strength(self, score: Tensor) -> Tensor:
+    def _strength(self, score: Tensor, cosine: Tensor, chosen: Tensor) -> Tensor:
         """What a token's weights are proportional to; (T, E), positive."""
         if self.options.weights == "score":
             return score
         if self.options.weights == "softmax":
-            # the odds of a sigmoid are the exponential of its argument
-            return score / (1 - score).clamp_min(torch.finfo(score.dtype).eps)
+            logits = self.scale * cosine
+            top = logits.detach().masked_fill(~chosen, -torch.inf).amax(1, keepdim=True)
+            # padding has no top; closed gates may lie above it, and must not overflow
+            return (logits - top.clamp_min(-self.scale)).clamp_max(30.0).exp()
         return torch.ones_like(score)
 
     def _losses(

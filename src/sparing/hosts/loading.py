@@ -157,3 +157,33 @@ def token_count(batch: Any, context: Context) -> int:
         return int(context.mask.sum())
     ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
     return int(ids.numel()) if isinstance(ids, Tensor) else int(context.index.shape[0])
+
+
+def rows(batch: Any) -> int:
+    """The rows of a nested batch: those of its first tensor."""
+    if isinstance(batch, Tensor):
+        return int(batch.shape[0])
+    values = batch.values() if isinstance(batch, Mapping) else batch
+    return next(
+        rows(value) for value in values if isinstance(value, Tensor | Mapping | list | tuple)
+    )
+
+
+def shapes(batch: Any) -> Any:
+    """The shapes of a nested batch's tensors, hashable."""
+    if isinstance(batch, Tensor):
+        return tuple(batch.shape)
+    if isinstance(batch, Mapping):
+        return tuple((key, shapes(value)) for key, value in batch.items())
+    if isinstance(batch, list | tuple):
+        return tuple(shapes(value) for value in batch)
+    return None
+
+
+def whose(bad: Tensor, context: Context, domains: tuple[str, ...]) -> str:
+    """The samples and domains of the rows where ``bad``, (B,) bool, or of all where none is."""
+    at = bad.nonzero().flatten().tolist() or list(range(bad.numel()))
+    told = f"samples {context.index[at].flatten().tolist()[:8]}"
+    if context.domain is not None and domains:
+        told += " of " + ", ".join(sorted({domains[int(d)] for d in context.domain[at]}))
+    return told

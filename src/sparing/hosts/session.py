@@ -32,6 +32,7 @@ from sparing.core.ledger import Ledger
 from sparing.core.method import Context, Method, Plan, Setup, arrange, combine, implements
 from sparing.core.random_state import random_state, set_random_state_
 from sparing.hosts import loading
+from sparing.hosts.dry_run import rehearse
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -396,7 +397,7 @@ class Session:
         losses = self._losses
         if losses is None:
             return 0
-        key = _shapes(batch)
+        key = loading.shapes(batch)
         if key not in self._static:
             model = self.unwrapped
             self._static[key] = flops.count(model, lambda: losses(model, batch)[0].mean()).total
@@ -437,7 +438,7 @@ class Session:
         found = []
         with self.evaluating() as model:
             for batch in self._recent:
-                rows = _rows(batch)
+                rows = loading.rows(batch)
                 part = loading.first_rows(batch, min(rows, PROBE_ROWS), rows)
                 found.append(self._losses(model, part)[0].float().mean())
         mean = torch.stack(found).mean()
@@ -445,55 +446,34 @@ class Session:
         return mean
 
     def _dry_run(self, model: nn.Module) -> None:
-        """One batch through every seam, on copies: what would fail at step 1 fails now."""
-        assert self._losses is not None
-        clock = copy.copy(self.clock)
-        kept = random_state()
-        model, methods = copy.deepcopy((model, self.methods))
-        try:
-            for method in methods:
-                method.bind(size=self._size, steps=clock.steps, seed=self.seed, model=model)
-            plan = self._plan_of(methods, clock)
-            weight = plan.weight
-            first = slice(0, self.batch_size)
-            rows = Plan(plan.index[first], None if weight is None else weight[first])
+        def first(methods: list[Method]) -> tuple[Any, Context]:
+            plan = self._plan_of(methods, copy.copy(self.clock))
+            weight, some = plan.weight, slice(0, self.batch_size)
+            rows = Plan(plan.index[some], None if weight is None else weight[some])
             batch, context = next(
                 loading.batches(self.data, rows, batch_size=self.batch_size, collate=self._collate)
             )
-            model.to(self.accelerator.device).train()
-            batch = self._prepared(methods, batch, context)
+            return self._prepared(methods, batch, context), context
+
+        def losses(model: nn.Module, batch: Any) -> tuple[Tensor, Any]:
+            assert self._losses is not None
             with self.autocast():
-                losses, outputs = self._losses(model, batch)
-            if losses.shape != context.index.shape[:1]:
-                raise RequestError(
-                    f"losses(model, batch) must give one loss for each of the "
-                    f"{context.index.shape[0]} samples, got shape {tuple(losses.shape)}; "
-                    'reduce over everything but the batch (reduction="none")'
-                )
-            if not torch.isfinite(losses).all():
-                raise RequestError(
-                    f"the first batch's losses are not finite: {losses.detach().tolist()}; "
-                    "check the data and the model's initialisation"
-                )
-            torch.autograd.backward(combine(methods, losses, context, outputs))
-            clock.step, spent = 1, Ledger()
-            for method in methods:
-                method.grads(model.named_parameters(), context)
-                method.step(clock, None)
-                method.account(spent)
-        finally:
-            set_random_state_(kept)
+                return self._losses(model, batch)
+
+        rehearse(
+            model,
+            self.methods,
+            clock=self.clock,
+            bound={"size": self._size, "steps": self.clock.steps, "seed": self.seed},
+            first=first,
+            losses=losses,
+            device=self.accelerator.device,
+        )
 
     def _diagnosis(self, what: str, losses: Tensor, context: Context) -> str:
-        bad = (~torch.isfinite(losses.detach())).nonzero().flatten().tolist() or list(
-            range(losses.numel())
-        )
-        where = f"samples {context.index[bad].flatten().tolist()[:8]}"
-        if context.domain is not None and self.domains:
-            names = sorted({self.domains[int(d)] for d in context.domain[bad]})
-            where += f" of {', '.join(names)}"
+        whose = loading.whose(~torch.isfinite(losses.detach()), context, self.domains)
         return (
-            f"{what} is not finite at step {self.clock.step + 1} ({where}); the optimizer was "
+            f"{what} is not finite at step {self.clock.step + 1} ({whose}); the optimizer was "
             "not stepped. Lower the learning rate, or look at these samples"
         )
 
@@ -502,22 +482,3 @@ def _check(**counts: int | None) -> None:
     for name, value in counts.items():
         if value is not None and value < 1:
             raise RequestError(f"{name} must be at least 1, got {value}")
-
-
-def _rows(batch: Any) -> int:
-    if isinstance(batch, Tensor):
-        return int(batch.shape[0])
-    values = batch.values() if isinstance(batch, Mapping) else batch
-    return next(
-        _rows(value) for value in values if isinstance(value, Tensor | Mapping | list | tuple)
-    )
-
-
-def _shapes(batch: Any) -> Any:
-    if isinstance(batch, Tensor):
-        return tuple(batch.shape)
-    if isinstance(batch, Mapping):
-        return tuple((key, _shapes(value)) for key, value in batch.items())
-    if isinstance(batch, list | tuple):
-        return tuple(_shapes(value) for value in batch)
-    return None

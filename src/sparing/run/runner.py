@@ -103,6 +103,7 @@ class _Run:
     ) -> None:
         self.recipe, self.directory, self.display = recipe, directory, display
         self.resume = resume
+        self.code = record.code_hash()  # now: the sources may change while the run is under way
         self.seconds = 0.0
         self.lately = _Lately()
         self.probed: dict[str, float] = {}
@@ -313,7 +314,7 @@ class _Run:
             "seconds": round(self.seconds, 3),
             "precision": {"chosen": self.recipe.train.precision, "probe_seconds": self.probed},
             "environment": record.environment(),
-            "code": record.code_hash(),
+            "code": self.code,
         }
         self.directory.write_json("summary.json", summary)
         if page:

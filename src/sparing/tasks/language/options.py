@@ -25,8 +25,8 @@ class LanguageOptions:
     wide, initialised with standard deviation ``init_std``, its embedding with ``embed_std`` (None:
     the same), and with ``zero_output`` the last projection of every block with zeros; ``tied``
     shares the embedding with the output. ``vocab`` is 256, since tokens are bytes.
-    ``eval_windows`` held-out windows per domain are scored, ``eval_batch`` at a time. ``sample_bytes`` and
-    ``passage_bytes``: how much text the page shows per domain.
+    ``eval_windows`` held-out windows per domain are scored, ``eval_batch`` at a time.
+    ``sample_bytes`` and ``passage_bytes``: how much text the page shows per domain.
 
     Raises RequestError for unknown, repeated or no domains and for numbers that do not fit.
     """
