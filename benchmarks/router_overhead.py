@@ -14,10 +14,10 @@ import sys
 from typing import Any
 
 import torch
-from record import in_turns, spread, write
 from torch import Tensor
 
 import sparing
+from record import in_turns, spread, write
 from sparing.experts.experts import Experts
 from sparing.experts.layer import ExpertLayer
 
