@@ -171,7 +171,7 @@ def test_thresholds_steer_each_expert_to_its_share(share, expected):
 
 
 def test_running_means_follow_the_experts_outputs():
-    layer = small_layer(4, 3, 8).train()
+    layer = small_layer(4, 3, 8, closed_gates="mean").train()
     controller = control(layer, decay=0.5)
     generator = torch.Generator().manual_seed(1)
     expected = torch.zeros(4, 8)
@@ -610,10 +610,17 @@ def settled(seed: int, start: int, **more: Any) -> tuple[Run, list[int]]:
     return run, run.alive[-300:]
 
 
+def assert_settled(alive: list[int], planted: int) -> None:
+    """At the planted number ±1; a newcomer on trial is counted before it is judged."""
+    assert abs(sorted(alive)[len(alive) // 2] - planted) <= 1
+    assert planted - 1 <= min(alive)
+    assert max(alive) <= planted + 2
+
+
 @pytest.mark.parametrize("start", [1, 8])
 def test_the_number_of_experts_settles_at_the_planted_number(start):
     run, last = settled(0, start)
-    assert {3, 4, 5} >= set(last)
+    assert_settled(last, 4)
     assert float(run.probe()) < 0.11  # the noise alone is 0.09; one expert for all reaches 0.125
 
 
@@ -623,10 +630,10 @@ def test_the_number_of_experts_settles_at_the_planted_number(start):
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_it_settles_on_other_seeds_and_without_a_probe(seed, start, use_probe):
     _, last = settled(seed, start, use_probe=use_probe)
-    assert {3, 4, 5} >= set(last)
+    assert_settled(last, 4)
 
 
 @pytest.mark.slow
 def test_it_settles_at_another_number():
     _, last = settled(0, 1, clusters=6)
-    assert {5, 6, 7} >= set(last)
+    assert_settled(last, 6)

@@ -2,7 +2,7 @@
 
 | number | in the released code | test |
 |---|---|---|
-| 1 | a closed gate never gets a gradient | test_1 here; test_top_any: against autograd |
+| 1 | a closed gate never gets a gradient | test_1 here; test_top_any_gradients |
 | 2 | replicas diverge: records are summed over the wrong group | test_controller_ranks |
 | 3 | checkpointing counts everything twice | test_3 here; test_controller, test_moefy |
 | 4 | clock and records are not saved | test_controller: killed and resumed |

@@ -71,7 +71,8 @@ def published_diversity(similarity: Tensor, active: Tensor) -> Tensor:
     rows = F.normalize(similarity, dim=1)
     off = rows @ rows.t() - torch.eye(rows.shape[0], dtype=rows.dtype, device=rows.device)
     both = active.to(rows.dtype)
-    return torch.linalg.vector_norm(off * both[:, None] * both[None, :])
+    norm: Tensor = torch.linalg.vector_norm(off * both[:, None] * both[None, :])
+    return norm
 
 
 def published_simplicity(similarity: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -82,8 +83,15 @@ class RoutedExperts(Method, abc.ABC):
         self._waiting: dict[str, Any] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        # the probe belongs to a host and cannot be copied with the method
+        # the probe belongs to a host, which no file can hold
         return {**self.__dict__, "_probe": None}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RoutedExperts:
+        # in memory the copy of a whole loop keeps its probe, and goes on as the original does
+        copied = object.__new__(type(self))
+        memo[id(self)] = copied
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
 
     @abc.abstractmethod
     def router(self, dim: int, seed: int = 0) -> Router:
