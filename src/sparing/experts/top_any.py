@@ -328,7 +328,10 @@ class TopAny(RoutedExperts):
         options = self.options
         if options.published:  # thresholds start where half of the gates open
             return float((options.start_experts or options.max_experts) / 2)
-        return float(options.target_k or options.start_k or 1.0)
+        k = float(options.target_k or options.start_k or 1.0)
+        if options.adapt is not None and options.adapt.share == "slots":
+            k *= (options.start_experts or options.max_experts) / options.max_experts
+        return max(1.0, k)  # the fallback serves every token
 
     def router(self, dim: int, seed: int = 0) -> TopAnyRouter:
         return TopAnyRouter(dim, self.options, seed)
