@@ -7,7 +7,8 @@ benchmarks/records/language_comparison.json.
 
     python benchmarks/language_comparison.py --jobs 2 --threads 1
 
-A run that is finished in --out is kept, an unfinished one is resumed.
+A run that is finished in --out is kept, an unfinished one is resumed; --finished runs nothing and
+records the runs that are there.
 """
 
 from __future__ import annotations
@@ -70,9 +71,13 @@ def estimators() -> dict[str, list[str]]:
     return {f"closed gates: {name}": [f"{METHOD}.closed_gates={name}"] for name in ("zero", "none")}
 
 
-def run_one(out: Path, overrides: list[str], seed: int, threads: int) -> dict[str, Any]:
+def run_one(
+    out: Path, overrides: list[str], seed: int, threads: int, finished: bool = False
+) -> dict[str, Any]:
     """Run or finish one arm and seed; returns its summary, or what it said when it failed."""
     if not (out / "summary.json").is_file():
+        if finished:
+            return {"failed": f"seed {seed} was not run to its end"}
         command = [sys.executable, "-m", "sparing.cli", "run", RECIPE, "--out", str(out), "--quiet"]
         command += ["--resume"] if (out / "recipe.yaml").is_file() else []
         for override in (*overrides, f"seed={seed}", f"train.threads={threads}"):
@@ -124,6 +129,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--arms", nargs="*", help="only these; the record then has only these")
+    parser.add_argument("--finished", action="store_true", help="run nothing, record what is there")
     parser.add_argument("--estimators", action="store_true", help="also compare estimators")
     parser.add_argument("--set", nargs="*", default=[], help="overrides for every arm")
     parser.add_argument("--out", type=Path, default=Path("runs/language_comparison"))
@@ -136,7 +142,8 @@ def main() -> None:
     def one(job: tuple[str, int]) -> dict[str, Any]:
         name, seed = job
         place = asked.out / f"{name.replace(' ', '-').replace(':', '')}-{seed}"
-        return run_one(place, [*chosen[name], *asked.set], seed, asked.threads)
+        overrides = [*chosen[name], *asked.set]
+        return run_one(place, overrides, seed, asked.threads, asked.finished)
 
     found: dict[str, list[dict[str, Any]]] = {}
     with ThreadPoolExecutor(asked.jobs) as pool:
@@ -161,9 +168,11 @@ def main() -> None:
             )
         for text in entry.get("failed", []):
             print(f"{name:<24} failed: {text}")
+    pages = sorted(asked.out.glob("*/page.json"))
+    references = json.loads(pages[0].read_text(encoding="utf-8"))["references"] if pages else {}
     write(
         asked.record,
-        {"recipe": RECIPE, "set": asked.set, "arms": results},
+        {"recipe": RECIPE, "set": asked.set, "arms": results, "references": references},
         seeds=range(asked.seeds),
         note="every run: its seed, bits per byte on held-out bytes, ledger FLOPs, package hash",
     )
