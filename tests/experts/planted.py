@@ -14,7 +14,6 @@ from sparing.experts.layer import ExpertLayer
 from sparing.experts.losses import LossWeights
 from sparing.experts.top_any import TopAnyOptions, TopAnyRouter
 
-
 # The controller alone is under test: centres are orthogonal already, and with the diversity loss
 # and softmax weights of the defaults an expert or two too many was seen to stay on some seeds.
 PLAIN: dict[str, Any] = {
