@@ -202,9 +202,10 @@ def test_slots_and_expected_load():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"k": 1.5}, "k must be a whole number, got 1.5"),
         ({"experts": 0}, "experts must be at least 1, got 0"),
-        ({"k": 0}, r"k must be between 1 and experts \(8\), got 0"),
-        ({"experts": 2, "k": 3}, r"k must be between 1 and experts \(2\), got 3"),
+        ({"k": 0}, "k must be at least 1, got 0"),
+        ({"experts": 2, "k": 3}, r"k must be at most experts \(2\), got 3"),
         ({"losses": {"target_k": 0.1}}, "no target_k loss; its losses: balance, z"),
         ({"losses": LossWeights(diversity=0.1)}, "no diversity loss"),
         ({"losses": {"blance": 0.1}}, 'losses has no option "blance"; did you mean "balance"'),

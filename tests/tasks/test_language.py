@@ -267,6 +267,16 @@ def test_wrong_options_are_refused(options: dict[str, Any], message: str) -> Non
         Language(**options)
 
 
+def test_the_development_split_is_other_data() -> None:
+    kinds = {}
+    for split in ("final", "development"):
+        task = Language(split=split, domains="shakespeare", eval_windows=2)
+        task.prepare(0)
+        kinds[split] = task
+    assert kinds["final"].fingerprint != kinds["development"].fingerprint
+    assert len(kinds["development"].train) < len(kinds["final"].train)
+
+
 def test_options_take_lists_and_single_names() -> None:
     listed: Any = ["gsm8k", "python"]
     single: Any = "python"

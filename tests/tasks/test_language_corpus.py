@@ -43,6 +43,13 @@ def test_python_holds_out_whole_files(texts: dict[str, corpus.Split]) -> None:
     assert (source in split.train) != (source in split.held_out)
 
 
+def test_the_development_split_never_sees_the_held_out_text(texts: dict[str, corpus.Split]) -> None:
+    for split in texts.values():
+        part = corpus.development(split)
+        assert part.train + part.held_out == split.train
+        assert len(part.train) == len(split.train) * 9 // 10
+
+
 def test_which_files_are_held_out_does_not_change() -> None:
     # Known by heart, so that a change of the rule, which changes every result, is seen.
     held_out = [

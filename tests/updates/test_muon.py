@@ -254,6 +254,20 @@ def test_each_group_has_its_rule_and_rate():
     torch.testing.assert_close(before - vector.detach(), 0.1 * vector.grad.sign())
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr": -0.1}, "lr must be at least 0, got -0.1"),
+        ({"momentum": 1.5}, r"momentum must be in \[0, 1\], got 1.5"),
+        ({"betas": (0.9, -1)}, r"each of betas must be in \[0, 1\], got -1"),
+        ({"iterations": 0}, "iterations must be at least 1, got 0"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(options, message):
+    with pytest.raises(RequestError, match=message):
+        Muon(parameters((3, 3)), **options)
+
+
 # ---- state -------------------------------------------------------------------------------------
 
 

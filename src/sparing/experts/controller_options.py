@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, final
 
+from sparing.core.checks import require_number, require_whole
 from sparing.core.errors import RequestError
 
 
@@ -70,14 +71,13 @@ class ControllerOptions:
             "statistics_every",
         ):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise RequestError(f"{name} must be at least 1, got {value}")
-        for name in ("warmup", "loss_tolerance", "output_tolerance", "margin", "noise"):
-            if not getattr(self, name) >= 0:
-                raise RequestError(f"{name} must be at least 0, got {getattr(self, name)}")
+            if value is not None:
+                require_whole(name, value, 1)
+        require_whole("warmup", self.warmup, 0)
+        for name in ("loss_tolerance", "output_tolerance", "margin", "noise"):
+            require_number(name, getattr(self, name), 0)
         for name in ("freeze_after", "decay"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise RequestError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+            require_number(name, getattr(self, name), 0, 1)
         choices = {
             "remove": ("usefulness", "hits", "never"),
             "usefulness": ("loss", "output"),

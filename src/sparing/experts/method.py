@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from sparing.core.checks import require_whole
 from sparing.core.clock import Clock
 from sparing.core.errors import RequestError, nearest
 from sparing.core.ledger import Ledger
@@ -38,8 +39,8 @@ class ExpertOptions:
     zero_output: bool = False
 
     def __post_init__(self) -> None:
-        if self.width is not None and self.width < 1:
-            raise RequestError(f"width must be at least 1, got {self.width}")
+        if self.width is not None:
+            require_whole("width", self.width, 1)
         if self.init not in ("fresh", "copy"):
             raise RequestError(f'init must be "fresh" or "copy", got "{self.init}"')
         if self.zero_output and self.init == "copy":

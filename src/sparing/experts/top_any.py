@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sparing.core.checks import require_number, require_whole
 from sparing.core.errors import RequestError
 from sparing.core.ranks import sum_
 from sparing.core.recompute import recomputing
@@ -72,11 +73,12 @@ class TopAnyOptions(ExpertOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.max_experts < 1:
-            raise RequestError(f"max_experts must be at least 1, got {self.max_experts}")
-        if self.start_experts is not None and not 1 <= self.start_experts <= self.max_experts:
+        require_whole("max_experts", self.max_experts, 1)
+        if self.start_experts is not None:
+            require_whole("start_experts", self.start_experts, 1)
+        if self.start_experts is not None and self.start_experts > self.max_experts:
             raise RequestError(
-                f"start_experts must be between 1 and max_experts ({self.max_experts}), "
+                f"start_experts must be at most max_experts ({self.max_experts}), "
                 f"got {self.start_experts}"
             )
         for name, known in CHOICES.items():
@@ -85,10 +87,9 @@ class TopAnyOptions(ExpertOptions):
                 raise RequestError(f'{name} must be one of {", ".join(known)}, got "{value}"')
         if self.scale is not None and not self.scale > 0:
             raise RequestError(f"scale must be above 0, got {self.scale}")
-        for name in ("rate", "calibration"):
-            value = getattr(self, name)
-            if value is not None and not value >= 0:
-                raise RequestError(f"{name} must be at least 0, got {value}")
+        require_number("rate", self.rate, 0)
+        if self.calibration is not None:
+            require_whole("calibration", self.calibration, 0)
         if self.start_k is None:
             object.__setattr__(self, "start_k", min(2.0, float(self.max_experts)))
         for name in ("start_k", "target_k"):

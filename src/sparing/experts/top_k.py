@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparing.core.checks import require_whole
 from sparing.core.errors import RequestError
 from sparing.experts import losses
 from sparing.experts.losses import LossWeights
@@ -34,10 +35,10 @@ class TopKOptions(ExpertOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.experts < 1:
-            raise RequestError(f"experts must be at least 1, got {self.experts}")
-        if not 1 <= self.k <= self.experts:
-            raise RequestError(f"k must be between 1 and experts ({self.experts}), got {self.k}")
+        require_whole("experts", self.experts, 1)
+        require_whole("k", self.k, 1)
+        if self.k > self.experts:
+            raise RequestError(f"k must be at most experts ({self.experts}), got {self.k}")
         if self.normalize is None:
             object.__setattr__(self, "normalize", self.k > 1)
         object.__setattr__(self, "losses", nested("losses", self.losses, LossWeights))

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 from sparing.core import flops, ranks
+from sparing.core.checks import require_whole
 from sparing.core.clock import Clock
 from sparing.core.errors import RequestError, RunError
 from sparing.core.ledger import Ledger
@@ -480,5 +481,5 @@ class Session:
 
 def _check(**counts: int | None) -> None:
     for name, value in counts.items():
-        if value is not None and value < 1:
-            raise RequestError(f"{name} must be at least 1, got {value}")
+        if value is not None:
+            require_whole(name, value, 1)

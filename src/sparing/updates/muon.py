@@ -8,6 +8,7 @@ its own here.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, final
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from sparing.core.checks import require_number, require_whole
 from sparing.core.errors import RequestError
 
 # quintic coefficients of the original post: fast growth of small singular values, to about 1
@@ -88,6 +90,11 @@ class Muon(torch.optim.Optimizer):
         """Add a group; errors as for the constructor."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
+        for name, most in (("lr", math.inf), ("weight_decay", math.inf), ("momentum", 1)):
+            require_number(name, group[name], 0, most)
+        for beta in group["betas"]:
+            require_number("each of betas", beta, 0, 1)
+        require_whole("iterations", group["iterations"], 1)
         if group["rule"] not in ("muon", "adamw"):
             raise RequestError(f'rule must be "muon" or "adamw", got "{group["rule"]}"')
         if group["rule"] == "muon":

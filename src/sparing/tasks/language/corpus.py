@@ -137,6 +137,15 @@ DOMAINS: Mapping[str, Callable[[], Split]] = {
 }
 
 
+def development(split: Split) -> Split:
+    """The same text without its held-out part: the last tenth of the training text stands in.
+
+    Settings are chosen on this split, so that the held-out text stays unseen until the end.
+    """
+    cut = len(split.train) * 9 // 10
+    return Split(train=split.train[:cut], held_out=split.train[cut:])
+
+
 def load(domains: Iterable[str]) -> dict[str, Split]:
     """The texts of ``domains``, in that order. Raises RequestError for an unknown domain."""
     texts: dict[str, Split] = {}

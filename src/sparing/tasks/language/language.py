@@ -70,6 +70,8 @@ class Language:
         """
         length = self.options.seq_len
         texts = corpus.load(self.domains)
+        if self.options.split == "development":
+            texts = {name: corpus.development(split) for name, split in texts.items()}
         windows = Windows({name: split.train for name, split in texts.items()}, length)
         self._held_out = {
             name: held_out_windows(name, split.held_out, length, self.options.eval_windows)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import final
+from typing import Literal, final
 
+from sparing.core.checks import require_whole
 from sparing.core.errors import RequestError, unknown
 from sparing.tasks.language.corpus import DOMAINS
 
@@ -19,7 +20,9 @@ BYTES = 256
 class LanguageOptions:
     """Data, model shape and evaluation of the byte-level language task.
 
-    ``domains``: which texts. ``seq_len``: bytes that a sample predicts. The model is a
+    ``domains``: which texts. ``split``: evaluate on the ``final`` held-out text; or, to choose
+    settings by, on a ``development`` part of the training text, which is then not trained on.
+    ``seq_len``: bytes that a sample predicts. The model is a
     transformer of the LLaMA architecture: ``dim`` wide, ``layers`` deep, with ``heads`` query
     heads over ``kv_heads`` key-value heads (None: as many), gated feed-forward blocks ``width``
     wide, initialised with standard deviation ``init_std``, its embedding with ``embed_std`` (None:
@@ -32,6 +35,7 @@ class LanguageOptions:
     """
 
     domains: tuple[str, ...] = ("shakespeare", "gsm8k", "python")
+    split: Literal["final", "development"] = "final"
     seq_len: int = 256
     vocab: int = BYTES
     dim: int = 128
@@ -58,6 +62,8 @@ class LanguageOptions:
             raise RequestError(f"domains is empty; name at least one of {', '.join(DOMAINS)}")
         if len(set(self.domains)) < len(self.domains):
             raise RequestError(f"domains names one twice: {', '.join(self.domains)}")
+        if self.split not in ("final", "development"):
+            raise RequestError(f'split must be final or development, got "{self.split}"')
         for option, least in (
             ("seq_len", 2),
             ("dim", 1),
@@ -69,8 +75,8 @@ class LanguageOptions:
             ("sample_bytes", 1),
             ("passage_bytes", 1),
         ):
-            _require_whole(option, getattr(self, option), least)
-        _require_whole("vocab", self.vocab, 1)
+            require_whole(option, getattr(self, option), least)
+        require_whole("vocab", self.vocab, 1)
         if self.vocab != BYTES:
             raise RequestError(
                 f"vocab {self.vocab} does not fit: tokens are bytes, set vocab to {BYTES}"
@@ -85,7 +91,7 @@ class LanguageOptions:
 
     def _check_heads(self) -> None:
         if self.kv_heads is not None:
-            _require_whole("kv_heads", self.kv_heads, 1)
+            require_whole("kv_heads", self.kv_heads, 1)
         if self.dim % self.heads:
             raise RequestError(f"dim {self.dim} must be a multiple of heads {self.heads}")
         if (self.dim // self.heads) % 2:
@@ -99,10 +105,3 @@ class LanguageOptions:
 def _names(given: Iterable[str]) -> tuple[str, ...]:
     """A recipe gives a list, a command line perhaps a single word."""
     return (given,) if isinstance(given, str) else tuple(given)
-
-
-def _require_whole(option: str, value: object, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise RequestError(f"{option} must be a whole number, got {value!r}")
-    if value < least:
-        raise RequestError(f"{option} must be at least {least}, got {value}")

@@ -1,0 +1,28 @@
+"""Checks of numbers that users give."""
+
+from __future__ import annotations
+
+import math
+
+from sparing.core.errors import RequestError
+
+
+def require_whole(name: str, value: object, least: int) -> None:
+    """Raise RequestError unless ``value`` is a whole number of at least ``least``."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise RequestError(f"{name} must be a whole number, got {value!r}")
+    if value < least:
+        raise RequestError(f"{name} must be at least {least}, got {value}")
+
+
+def require_number(
+    name: str, value: object, least: float = -math.inf, most: float = math.inf
+) -> None:
+    """Raise RequestError unless ``value`` is a number, not NaN, from ``least`` to ``most``."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise RequestError(f"{name} must be a number, got {value!r}")
+    if least <= value <= most:
+        return
+    if most == math.inf:
+        raise RequestError(f"{name} must be at least {least:g}, got {value}")
+    raise RequestError(f"{name} must be in [{least:g}, {most:g}], got {value}")
