@@ -67,8 +67,8 @@ def dense(matched: list[dict[str, Any]], overrides: list[str]) -> list[str]:
 
 
 def estimators() -> dict[str, list[str]]:
-    """The corrected rule with each estimate of the output that a closed gate hides."""
-    return {f"closed gates: {name}": [f"{METHOD}.closed_gates={name}"] for name in ("zero", "none")}
+    """The corrected rule with the other estimates of the output that a closed gate hides."""
+    return {f"closed gates: {name}": [f"{METHOD}.closed_gates={name}"] for name in ("zero", "mean")}
 
 
 def run_one(

@@ -11,17 +11,7 @@ from torch import Tensor
 from sparing.experts.controller import ControllerOptions, Event, ExpertController
 from sparing.experts.experts import Experts
 from sparing.experts.layer import ExpertLayer
-from sparing.experts.losses import LossWeights
 from sparing.experts.top_any import TopAnyOptions, TopAnyRouter
-
-# The controller alone is under test: centres are orthogonal already, and with the diversity loss
-# and softmax weights of the defaults an expert or two too many was seen to stay on some seeds.
-PLAIN: dict[str, Any] = {
-    "target_k": 1.0,
-    "weights": "score",
-    "closed_gates": "mean",
-    "losses": LossWeights(),
-}
 
 
 class Planted:
@@ -70,7 +60,7 @@ class Run:
         **rates: Any,
     ) -> None:
         self.data = Planted(clusters, dim, seed)
-        router = PLAIN if router is None else router
+        router = {"target_k": 1.0} if router is None else router
         self.layer = small_layer(slots, start, dim, seed, **router)
         self.layer.train()
         self.controller = ExpertController([("layer", self.layer)], adapt, seed=seed)

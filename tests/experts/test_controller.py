@@ -295,7 +295,7 @@ def want(course: Course, unserved: int, layer: ExpertLayer | None = None, **more
     window.tokens += 1000
     window.unserved += unserved
     window.load += 200
-    arguments = {"removed": False, "left": math.inf} | more
+    arguments = {"verdict": None, "removed": False, "left": math.inf} | more
     return wanted(layer or small_layer(), RULE, course, window, **arguments) is not None
 
 
@@ -318,6 +318,12 @@ def test_none_comes_while_the_layer_is_unsettled():
     assert not want(Course(weak=[0] * 6, left=[0] * 6, wait=1), 900)
     assert not want(Course.of(6), 900, small_layer(6, 6))
     assert not want(Course.of(6), 900, left=3)
+
+
+def test_none_comes_while_the_last_one_is_hardly_worth_its_place():
+    for worth, comes in ((0.0039, False), (0.0041, True)):
+        verdict = Verdict("loss", [0.1, worth, 0.2] + [math.inf] * 3, 0.002)
+        assert want(Course.of(6), 900, verdict=verdict) is comes
 
 
 def test_each_rejected_newcomer_makes_the_next_wait_longer():
@@ -604,9 +610,10 @@ def test_bad_options_are_refused(options):
 # ---- the true number of experts ----------------------------------------------------------------
 
 
-def settled(seed: int, start: int, **more: Any) -> tuple[Run, list[int]]:
+def settled(seed: int, start: int, steps: int = 1200, **more: Any) -> tuple[Run, list[int]]:
+    # splitting a cluster between two experts lowers this loss by up to 1 %
     adapt = ControllerOptions(every=40, warmup=80, loss_tolerance=0.01)
-    run = Run(start=start, seed=seed, adapt=adapt, **more).train(1200)
+    run = Run(start=start, seed=seed, adapt=adapt, **more).train(steps)
     return run, run.alive[-300:]
 
 
@@ -625,7 +632,7 @@ def test_the_number_of_experts_settles_at_the_planted_number(start):
 @pytest.mark.slow
 @pytest.mark.parametrize("use_probe", [True, False])
 @pytest.mark.parametrize("start", [1, 8])
-@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("seed", [1, 2, 3, 4, 5])
 def test_it_settles_on_other_seeds_and_without_a_probe(seed, start, use_probe):
     _, last = settled(seed, start, use_probe=use_probe)
     assert_settled(last, 4)
@@ -633,5 +640,5 @@ def test_it_settles_on_other_seeds_and_without_a_probe(seed, start, use_probe):
 
 @pytest.mark.slow
 def test_it_settles_at_another_number():
-    _, last = settled(0, 1, clusters=6)
+    _, last = settled(0, 1, steps=1800, clusters=6)
     assert_settled(last, 6)

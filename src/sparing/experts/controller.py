@@ -202,7 +202,8 @@ class ExpertController:
             for expert, why in remove_(layer, rule, course, window, verdicts.get(name)):
                 course.left[expert] = self.updates
                 found.append(("expert removed", expert, why))
-            need = wanted(layer, rule, course, window, removed=bool(found), left=left)
+            verdict = verdicts.get(name)
+            need = wanted(layer, rule, course, window, verdict, removed=bool(found), left=left)
             if need is not None:
                 expert = self._add(layer, rule, course, window, recent[name], optimizer)
                 found.append(("expert added", expert, need))

@@ -25,9 +25,11 @@ class ControllerOptions:
     patience: updates in a row that must find an expert useless. min_experts: per layer.
     add: on ``unserved`` tokens, where their share before fallback exceeds e^-k by ``margin``, k
     being the router's target (the mean, at least 1, without one); on ``any`` unserved token; or
-    ``never``. trial: updates for which a layer is left alone with a newcomer; for ``patience`` more
-    it must stay without a removal, before another may come. Each removal doubles the updates until
-    the next newcomer, up to ``longest_wait``; a newcomer that proved itself sets them back.
+    ``never``. hysteresis: none is added while masking the least useful expert changes the loss by
+    less than so many tolerances. trial: updates for which a layer is left alone with a newcomer;
+    for ``patience`` more it must stay without a removal, before another may come. Each removal
+    doubles the updates until the next newcomer, up to ``longest_wait``; a newcomer that proved
+    itself sets them back.
     newcomer: starts as a ``copy`` of the expert that covers its tokens now, the ``mean`` of all,
     ``fresh``, or with the slot's weights as ``kept``. direction: its row points to the ``worst``
     covered cluster of tokens or the ``mean`` of the unserved. noise: added to copies, in standard
@@ -50,6 +52,7 @@ class ControllerOptions:
     min_experts: int = 1
     add: Literal["unserved", "any", "never"] | None = None
     margin: float = 0.05
+    hysteresis: float = 2.0
     trial: int = 2
     longest_wait: int = 16
     newcomer: Literal["copy", "mean", "fresh", "kept"] | None = None
@@ -74,7 +77,7 @@ class ControllerOptions:
             if value is not None:
                 require_whole(name, value, 1)
         require_whole("warmup", self.warmup, 0)
-        for name in ("loss_tolerance", "output_tolerance", "margin", "noise"):
+        for name in ("loss_tolerance", "output_tolerance", "margin", "hysteresis", "noise"):
             require_number(name, getattr(self, name), 0)
         for name in ("freeze_after", "decay"):
             require_number(name, getattr(self, name), 0, 1)

@@ -135,6 +135,7 @@ def wanted(
     rule: dict[str, Any],
     course: Course,
     window: Tally,
+    verdict: Verdict | None,
     *,
     removed: bool,
     left: float,
@@ -152,6 +153,12 @@ def wanted(
         return None
     if any(course.weak[expert] for expert in active.nonzero().squeeze(1).tolist()):
         return None
+    if (
+        verdict is not None
+        and verdict.of == "loss"
+        and min(verdict.change) < rule["hysteresis"] * verdict.limit
+    ):
+        return None  # the last one is hardly worth its place: the next would be worth less
     k = _target_k(layer)
     if k is None:
         k = max(1.0, int(window.load.sum()) / tokens)

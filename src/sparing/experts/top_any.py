@@ -48,7 +48,8 @@ class TopAnyOptions(ExpertOptions):
     weights: of a token's experts: normalised sigmoid ``score``, ``softmax`` over the token's
     experts of the same scaled cosines, or ``uniform`` 1/k.
     closed_gates: what a closed gate is told of the output that was not computed: that it is
-    ``zero``, the expert's running ``mean`` output, or ``none`` (no gradient at all).
+    ``zero``, the expert's running ``mean`` output, or ``none`` (no gradient at all). Default
+    ``none`` where moving thresholds open gates anyway, else ``zero``.
     start_k: experts per token to start with, by default 2; thresholds start at the quantile of the
     cosines of the first ``calibration`` training batches that gives it. 0 batches: at 0.
     target_k: mean experts per token to hold, or None to let the task decide.
@@ -66,7 +67,7 @@ class TopAnyOptions(ExpertOptions):
     start_k: float | None = None
     target_k: float | None = None
     control: Literal["threshold", "loss"] | None = None
-    rate: float = 0.05
+    rate: float = 0.1
     calibration: int | None = None
     losses: LossWeights | None = None
     adapt: ControllerOptions | None = field(default_factory=ControllerOptions)
@@ -106,9 +107,12 @@ class TopAnyOptions(ExpertOptions):
             "losses": PUBLISHED_LOSSES,
             "scale": 1.0,
         }
+        if self.target_k is not None and self.control is None:
+            object.__setattr__(self, "control", "threshold")
         corrected = {
             "weights": "softmax",
-            "closed_gates": "zero",
+            # a gradient that only guesses is worth its noise where nothing else can open a gate
+            "closed_gates": "none" if self.control == "threshold" else "zero",
             "calibration": 4,
             # without diversity rows turn alike: tokens open all gates or none
             "losses": LossWeights(diversity=0.1, balance=0.01 if self.target_k is None else 0.0),
@@ -126,8 +130,6 @@ class TopAnyOptions(ExpertOptions):
                     f"published=True fixes {name} to {value!r}, got {getattr(self, name)!r}; "
                     "leave one of the two out"
                 )
-        if self.target_k is not None and self.control is None:
-            object.__setattr__(self, "control", "threshold")
         if self.target_k is None and self.control is not None:
             raise RequestError(f'control="{self.control}" needs a target_k to hold')
         if self.losses is not None and self.losses.target_k and self.control != "loss":
