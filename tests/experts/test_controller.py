@@ -634,7 +634,7 @@ def test_the_number_of_experts_settles_at_the_planted_number(start):
 @pytest.mark.parametrize("start", [1, 8])
 @pytest.mark.parametrize("seed", [1, 2, 3, 4, 5])
 def test_it_settles_on_other_seeds_and_without_a_probe(seed, start, use_probe):
-    _, last = settled(seed, start, use_probe=use_probe)
+    _, last = settled(seed, start, steps=1600, use_probe=use_probe)
     assert_settled(last, 4)
 
 
