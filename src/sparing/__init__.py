@@ -21,10 +21,12 @@ if TYPE_CHECKING:
     from sparing.experts.controller import ExpertController as ExpertController
     from sparing.experts.layer import router_loss as router_loss
     from sparing.experts.moefy import moefy_ as moefy_
+    from sparing.experts.noisy_top_k import NoisyTopK as NoisyTopK
     from sparing.experts.statistics import observe as observe
     from sparing.experts.statistics import statistics as statistics
     from sparing.experts.storage import load as load
     from sparing.experts.storage import save as save
+    from sparing.experts.switch import Switch as Switch
     from sparing.experts.top_any import TopAny as TopAny
     from sparing.experts.top_k import TopK as TopK
     from sparing.hosts.session import Session as Session
@@ -37,12 +39,14 @@ _HOMES = {
     "ExpertController": "experts.controller",
     "Ledger": "core.ledger",
     "Method": "core.method",
+    "NoisyTopK": "experts.noisy_top_k",
     "Plan": "core.method",
     "RequestError": "core.errors",
     "RunError": "core.errors",
     "Session": "hosts.session",
     "Setup": "core.method",
     "SparingError": "core.errors",
+    "Switch": "experts.switch",
     "TopAny": "experts.top_any",
     "TopK": "experts.top_k",
     "load": "experts.storage",
@@ -59,12 +63,14 @@ __all__ = [
     "ExpertController",
     "Ledger",
     "Method",
+    "NoisyTopK",
     "Plan",
     "RequestError",
     "RunError",
     "Session",
     "Setup",
     "SparingError",
+    "Switch",
     "TopAny",
     "TopK",
     "__version__",

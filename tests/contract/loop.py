@@ -45,7 +45,9 @@ CASES: dict[str, list[dict[str, Any]]] = {
             },
         },
     ],
-    "top-k": [{}, {"experts": 4, "k": 1}],
+    "top-k": [{}, {"experts": 4, "k": 1}, {"experts": 6, "k": 2, "groups": 3, "groups_kept": 2}],
+    "noisy-top-k": [{}, {"experts": 4, "k": 2, "noise_floor": 0.5, "losses": {"load": 0.1}}],
+    "switch": [{}, {"experts": 4, "jitter": 0.3}],
 }
 
 

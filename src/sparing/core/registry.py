@@ -69,6 +69,20 @@ METHODS: Final[tuple[Record, ...]] = (
         paper="arXiv 1701.06538",
         card="top-k",
     ),
+    Record(
+        name="noisy-top-k",
+        target="sparing.experts.noisy_top_k:NoisyTopK",
+        summary="Top-k by logits with learned noise in training; losses even importance and load.",
+        paper="arXiv 1701.06538",
+        card="noisy-top-k",
+    ),
+    Record(
+        name="switch",
+        target="sparing.experts.switch:Switch",
+        summary="Each token goes to one expert, weighted by the router's probability for it.",
+        paper="arXiv 2101.03961",
+        card="switch",
+    ),
 )
 
 TASKS: Final[tuple[Record, ...]] = (

@@ -45,6 +45,16 @@ class Router(nn.Module, abc.ABC):
     def update_thresholds(self, load: Tensor, tokens: Tensor) -> None:
         """Steer the load outside of forward; load: (E,), tokens: (), since the last step."""
 
+    def flops(self, tokens: int) -> int:
+        """Floating-point operations of routing that many training tokens, forward and backward."""
+        # backward costs the product again for the input, and for rows that are trained
+        passes = 3 if self.similarity.requires_grad else 2
+        # one more where closed gates are credited with the experts' mean outputs
+        return 2 * tokens * self.dim * self.slots_count * (passes + int(self.tracks_outputs))
+
+    def begin(self, ids: Tensor | None) -> None:
+        """A forward pass of the model begins; ids: (B, S) int64, its tokens', or None."""
+
     def slots(self) -> dict[str, nn.Parameter]:
         """The parameters whose axis 0 is the expert slot."""
         return {"similarity": self.similarity}
