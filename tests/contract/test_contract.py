@@ -182,7 +182,12 @@ def test_doing_nothing_is_doing_nothing(name, options):
 
 
 # some routers scale by a score below 1, which is how they learn: not by that of one expert alone
-CONVEX = {"top-k": {"normalize": True}, "switch": {"experts": 1}}
+CONVEX = {
+    "top-k": {"normalize": True},
+    "switch": {"experts": 1},
+    "sigmoid-top-k": {"normalize": True, "scale": 1.0},
+    "expert-choice": {"experts": 1, "k": 1},
+}
 
 
 @every_case

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import ClassVar, final
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sparing.core.checks import require_whole
@@ -15,7 +14,7 @@ from sparing.core.errors import RequestError
 from sparing.experts import losses
 from sparing.experts.losses import LossWeights
 from sparing.experts.method import ExpertOptions, nested
-from sparing.experts.router import Router, exact, normal_
+from sparing.experts.router import Router, exact, normal_, scores_of
 from sparing.experts.routing import Routing
 from sparing.experts.selection import Groups, normalised, top_k_map
 
@@ -151,7 +150,7 @@ class FixedKRouter(Router, abc.ABC):
 
     def logits(self, x: Tensor) -> Tensor:
         """(T, d) -> (T, E), the products with each slot's row."""
-        return F.linear(x, exact(self.similarity))
+        return scores_of(x, self)
 
     def alive(self, logits: Tensor) -> Tensor:
         """The logits with minus infinity at inactive slots."""
