@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+import sparing
 from sparing.experts.expert_choice import ExpertChoice
 from sparing.experts.experts import Experts
 from sparing.experts.hash import HashExperts
@@ -286,3 +287,27 @@ def test_the_method_knows_its_sizes(name: str):
     assert method.expected_k == method.options.k
     assert method.causal == type(router(name)).causal == (name != "expert choice")
     assert type(method).from_dict(method.to_dict()).options == method.options
+
+
+@every
+def test_a_trained_model_is_saved_and_loaded_with_all_that_its_routers_know(name, tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=30, hidden_size=16, intermediate_size=8, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = sparing.moefy_(LlamaForCausalLM(config), METHODS[name], seed=3).train()
+    controller = sparing.ExpertController(model)
+    ids = torch.arange(24).view(2, 12)
+    for at in range(1, 4):
+        model(input_ids=(ids + at) % 30)
+        controller.step(at)
+    sparing.save(model, tmp_path / "model")
+    loaded = sparing.load(tmp_path / "model")
+    assert loaded(input_ids=ids).logits.equal(model.eval()(input_ids=ids).logits)
+    # and goes on drawing where training stopped
+    logits = [m.train()(input_ids=ids).logits for m in (model, loaded)]
+    assert logits[0].equal(logits[1])
