@@ -138,5 +138,15 @@ def test_what_is_remembered_is_bounded(monkeypatch):
     assert int(noise.draws) == 10
 
 
+def test_ranks_draw_differently(monkeypatch):
+    x, drawn = normal(5, 4), []
+    for number in range(2):
+        monkeypatch.setattr(module, "rank", lambda number=number: number)
+        drawn.append(Noise(3).normal(x, 3))
+    assert not drawn[0].equal(drawn[1])
+    monkeypatch.setattr(module, "rank", lambda: 0)
+    assert Noise(3).normal(x, 3).equal(drawn[0])
+
+
 def test_no_token_draws_nothing():
     assert Noise(0).normal(torch.zeros(0, 4), 3).shape == (0, 3)

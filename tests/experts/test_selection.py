@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from sparing.experts import selection
 from sparing.experts.selection import Groups, normalised, top_k_map
 
 
@@ -85,6 +86,18 @@ def test_broken_scores_still_give_exactly_k_active_experts(value):
         found = top_k_map(scores, 3, active, groups)
         assert found.sum(1).tolist() == [3] * 4
         assert not found[:, 3].any()
+
+
+def test_the_short_way_without_ties_chooses_as_the_long_one(monkeypatch):
+    scores = torch.randn(200, 9, generator=torch.Generator().manual_seed(0))
+    active = torch.arange(9) != 4
+    for k in (1, 3, 8, 9):
+        short = top_k_map(scores, k, active)
+        with monkeypatch.context() as patched:
+            patched.setattr(selection, "_without_ties", lambda *_: None)
+            assert top_k_map(scores, k, active).equal(short)
+        assert selection._without_ties(scores, min(k, 8), active.expand(200, 9)) is not None
+    assert selection._without_ties(torch.ones(2, 3), 1, active[:3].expand(2, 3)) is None
 
 
 def test_deepseek_v2_and_v3_differ_where_one_good_expert_meets_two_fair_ones():
