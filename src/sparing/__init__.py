@@ -19,12 +19,18 @@ if TYPE_CHECKING:
     from sparing.core.method import Plan as Plan
     from sparing.core.method import Setup as Setup
     from sparing.experts.controller import ExpertController as ExpertController
+    from sparing.experts.expert_choice import ExpertChoice as ExpertChoice
+    from sparing.experts.hash import HashExperts as HashExperts
     from sparing.experts.layer import router_loss as router_loss
     from sparing.experts.moefy import moefy_ as moefy_
+    from sparing.experts.noisy_top_k import NoisyTopK as NoisyTopK
+    from sparing.experts.random import RandomExperts as RandomExperts
+    from sparing.experts.sigmoid import SigmoidTopK as SigmoidTopK
     from sparing.experts.statistics import observe as observe
     from sparing.experts.statistics import statistics as statistics
     from sparing.experts.storage import load as load
     from sparing.experts.storage import save as save
+    from sparing.experts.switch import Switch as Switch
     from sparing.experts.top_any import TopAny as TopAny
     from sparing.experts.top_k import TopK as TopK
     from sparing.hosts.session import Session as Session
@@ -34,15 +40,21 @@ __version__ = "0.1.0"
 _HOMES = {
     "Clock": "core.clock",
     "Context": "core.method",
+    "ExpertChoice": "experts.expert_choice",
     "ExpertController": "experts.controller",
+    "HashExperts": "experts.hash",
     "Ledger": "core.ledger",
     "Method": "core.method",
+    "NoisyTopK": "experts.noisy_top_k",
     "Plan": "core.method",
+    "RandomExperts": "experts.random",
     "RequestError": "core.errors",
     "RunError": "core.errors",
     "Session": "hosts.session",
     "Setup": "core.method",
+    "SigmoidTopK": "experts.sigmoid",
     "SparingError": "core.errors",
+    "Switch": "experts.switch",
     "TopAny": "experts.top_any",
     "TopK": "experts.top_k",
     "load": "experts.storage",
@@ -56,15 +68,21 @@ _HOMES = {
 __all__ = [
     "Clock",
     "Context",
+    "ExpertChoice",
     "ExpertController",
+    "HashExperts",
     "Ledger",
     "Method",
+    "NoisyTopK",
     "Plan",
+    "RandomExperts",
     "RequestError",
     "RunError",
     "Session",
     "Setup",
+    "SigmoidTopK",
     "SparingError",
+    "Switch",
     "TopAny",
     "TopK",
     "__version__",

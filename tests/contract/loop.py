@@ -45,7 +45,17 @@ CASES: dict[str, list[dict[str, Any]]] = {
             },
         },
     ],
-    "top-k": [{}, {"experts": 4, "k": 1}],
+    "top-k": [{}, {"experts": 4, "k": 1}, {"experts": 6, "k": 2, "groups": 3, "groups_kept": 2}],
+    "noisy-top-k": [{}, {"experts": 4, "k": 2, "noise_floor": 0.5, "losses": {"load": 0.1}}],
+    "sigmoid-top-k": [
+        {},
+        {"experts": 6, "k": 3, "rate": 0.05, "groups": 3, "groups_kept": 2, "scale": 2.5},
+        {"k": 1, "update": "proportional", "losses": {"balance": 0.01}},
+    ],
+    "expert-choice": [{}, {"experts": 4, "k": 1.5, "fallback": "top-k", "losses": {"z": 0.01}}],
+    "random": [{}, {"experts": 4, "k": 1.3}],
+    "hash": [{}, {"experts": 4, "k": 2, "by": "input"}],
+    "switch": [{}, {"experts": 4, "jitter": 0.3}],
 }
 
 

@@ -181,8 +181,13 @@ def test_doing_nothing_is_doing_nothing(name, options):
     torch.testing.assert_close(model(input_ids=ids).logits, expected, rtol=0, atol=1e-5)
 
 
-# top-k with k = 1 scales by the softmax score, which is how its router learns
-CONVEX = {"top-k": {"normalize": True}}
+# some routers scale by a score below 1, which is how they learn: not by that of one expert alone
+CONVEX = {
+    "top-k": {"normalize": True},
+    "switch": {"experts": 1},
+    "sigmoid-top-k": {"normalize": True, "scale": 1.0},
+    "expert-choice": {"experts": 1, "k": 1},
+}
 
 
 @every_case

@@ -45,6 +45,10 @@ def layer_of(method: Any, *, gated: bool = True) -> ExpertLayer:
 METHODS = [
     pytest.param(lambda: sparing.TopK(experts=6, k=1), id="top-1"),
     pytest.param(lambda: sparing.TopK(experts=6, k=3), id="top-3"),
+    pytest.param(lambda: sparing.NoisyTopK(experts=6, k=2), id="noisy"),
+    pytest.param(lambda: sparing.RandomExperts(experts=6, k=1.5), id="random"),
+    pytest.param(lambda: sparing.HashExperts(experts=6, k=2), id="hash"),
+    pytest.param(lambda: sparing.ExpertChoice(experts=6, k=1.5), id="expert choice"),
     pytest.param(lambda: sparing.TopAny(max_experts=6), id="top-any"),
     pytest.param(lambda: sparing.TopAny(max_experts=6, start_experts=4), id="four of six"),
     pytest.param(lambda: sparing.TopAny(max_experts=6, published=True), id="published"),

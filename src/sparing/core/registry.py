@@ -69,6 +69,48 @@ METHODS: Final[tuple[Record, ...]] = (
         paper="arXiv 1701.06538",
         card="top-k",
     ),
+    Record(
+        name="noisy-top-k",
+        target="sparing.experts.noisy_top_k:NoisyTopK",
+        summary="Top-k by logits with learned noise in training; losses even importance and load.",
+        paper="arXiv 1701.06538",
+        card="noisy-top-k",
+    ),
+    Record(
+        name="switch",
+        target="sparing.experts.switch:Switch",
+        summary="Each token goes to one expert, weighted by the router's probability for it.",
+        paper="arXiv 2101.03961",
+        card="switch",
+    ),
+    Record(
+        name="sigmoid-top-k",
+        target="sparing.experts.sigmoid:SigmoidTopK",
+        summary="Top-k by sigmoid score plus a bias that evens the load without a loss.",
+        paper="arXiv 2408.15664",
+        card="sigmoid-top-k",
+    ),
+    Record(
+        name="expert-choice",
+        target="sparing.experts.expert_choice:ExpertChoice",
+        summary="Experts choose tokens in training, which is not causal; evaluation goes by token.",
+        paper="arXiv 2202.09368",
+        card="expert-choice",
+    ),
+    Record(
+        name="random",
+        target="sparing.experts.random:RandomExperts",
+        summary="Each token takes random experts, in any mean number: the control at equal cost.",
+        paper="arXiv 2110.04260",
+        card="random",
+    ),
+    Record(
+        name="hash",
+        target="sparing.experts.hash:HashExperts",
+        summary="Each token takes the experts that a hash of its id names: nothing is learned.",
+        paper="arXiv 2106.04426",
+        card="hash",
+    ),
 )
 
 TASKS: Final[tuple[Record, ...]] = (

@@ -132,11 +132,8 @@ class ExpertLayer(nn.Module):
         """
         trained = any(p.requires_grad for p in self.experts.parameters())
         passes = 3 if trained else 2
-        router = 2 * self.tokens_spent * self.router.dim * self.router.slots_count
-        # one more where closed gates are credited with the experts' mean outputs
-        passes_of_router = 3 if self.router.similarity.requires_grad else 2
-        router *= passes_of_router + int(self.router.tracks_outputs)
-        spent = passes * self.experts.flops(self.rows_spent) + router
+        spent = passes * self.experts.flops(self.rows_spent)
+        spent += self.router.flops(self.tokens_spent)
         dense = passes * self.experts.flops(self.rows_dense)
         self.rows_spent = self.rows_dense = self.tokens_spent = 0
         return spent, dense

@@ -26,6 +26,8 @@ class LossWeights:
     z: float = 0.0
     efficiency: float = 0.0
     target_k: float = 0.0
+    importance: float = 0.0
+    load: float = 0.0
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -39,6 +41,18 @@ class LossWeights:
         """The loss times its coefficient."""
         weighted: Tensor = getattr(self, name) * value
         return weighted
+
+    def wanted(self) -> list[str]:
+        """The losses whose coefficient is not 0."""
+        return [f.name for f in fields(self) if getattr(self, f.name)]
+
+    def only(self, router: str, known: tuple[str, ...]) -> None:
+        """RequestError if a loss is wanted that ``router``, so called, does not have."""
+        for name in self.wanted():
+            if name not in known:
+                raise RequestError(
+                    f"{router} has no {name} loss; its losses: {', '.join(sorted(known))}"
+                )
 
 
 def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
@@ -121,3 +135,56 @@ def efficiency(gates: Tensor, active: Tensor, mask: Tensor | None = None) -> Ten
 def target_k(gates: Tensor, target: float, mask: Tensor | None = None) -> Tensor:
     """Squared distance of the mean number of open gates from a target; gates: (T, E)."""
     return (masked_mean(gates.sum(1), mask) - target).square()
+
+
+def cv_squared(sums: Tensor, active: Tensor) -> Tensor:
+    """Squared coefficient of variation of the active experts' sums: (E,) -> scalar.
+
+    0 when all are equal, one expert is active, or nothing was summed; at most E_active - 1 for
+    non-negative sums.
+    """
+    live = sums[active]
+    mean = live.mean()
+    squared: Tensor = (live - mean).square().mean()
+    return squared / torch.where(mean > 0, mean.square(), 1.0)
+
+
+def importance(gates: Tensor, active: Tensor, mask: Tensor | None = None) -> Tensor:
+    """CV squared of the experts' summed gates (Shazeer et al. 2017, equations 6 and 7).
+
+    gates: (T, E) non-negative, differentiable: the weights by which outputs are multiplied, 0
+    where an expert was not chosen.
+    """
+    real = gates if mask is None else gates * mask[:, None]
+    return cv_squared(real.sum(0), active)
+
+
+def chance_of_top_k(
+    logits: Tensor, noisy: Tensor, spread: Tensor, k: int, active: Tensor
+) -> Tensor:
+    """How likely each expert is in the top k if its own noise is drawn anew; (T, E) in [0, 1].
+
+    logits: without noise; noisy: with it; spread: (T, E) its standard deviations, positive.
+    Shazeer et al. 2017, equations 8 and 9: the clean logit must pass, by a normal distribution,
+    the k-th largest noisy logit of the *other* experts: that is the (k+1)-th of all for an expert
+    in the top k, and the k-th of all for any other. With at most k active experts it is certain.
+    """
+    alive = int(active.sum())
+    if k >= alive:
+        return active.to(logits.dtype).expand_as(logits)
+    top = noisy.masked_fill(~active, -torch.inf).topk(k + 1, dim=1).values
+    enters, stays = top[:, k - 1 : k], top[:, k : k + 1]
+    # of equal logits at the border either may be in: both thresholds are then the same
+    inside = noisy > stays
+    border = torch.where(inside, stays, enters)
+    chance: Tensor = torch.special.ndtr((logits - border) / spread)
+    return chance * active
+
+
+def load(chances: Tensor, active: Tensor, mask: Tensor | None = None) -> Tensor:
+    """CV squared of the experts' expected loads (Shazeer et al. 2017, equations 10 and 11).
+
+    chances: (T, E), of each expert to be chosen; see ``chance_of_top_k``.
+    """
+    real = chances if mask is None else chances * mask[:, None]
+    return cv_squared(real.sum(0), active)

@@ -1,4 +1,4 @@
-"""Hands a model's padding mask to its expert layers."""
+"""Hands a model's padding mask to its expert layers, and the tokens' ids to their routers."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ class MaskHook:
     Masks of other shapes say which token sees which, not which is real: then all are real.
 
     The mask stays until the next pass, since activation checkpointing repeats a layer in backward:
-    with checkpointing and padding, call backward before the next forward.
+    with checkpointing and padding, call backward before the next forward. So do ``input_ids``,
+    for routers that go by them (see Router.begin).
     """
 
     def __init__(self, module: nn.Module) -> None:
         """``module``: what the hook will be registered on."""
         parameters = list(inspect.signature(module.forward).parameters)
-        known = "attention_mask" in parameters
-        self.position = parameters.index("attention_mask") if known else -1
+        self.position = {name: place for place, name in enumerate(parameters)}
         self.text: list[ExpertLayer] = []
         self.other: list[ExpertLayer] = []
 
@@ -39,14 +39,23 @@ class MaskHook:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Called by ``module`` before its forward."""
-        mask = kwargs.get("attention_mask")
-        if mask is None and 0 <= self.position < len(args):
-            mask = args[self.position]
-        mask = mask > 0 if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        mask = self._matrix("attention_mask", args, kwargs)
+        mask = None if mask is None else mask > 0
+        ids = self._matrix("input_ids", args, kwargs)
         for layer in self.text:
             layer.begin(mask)
+            layer.router.begin(ids)
         for layer in self.other:
             layer.begin(None)
+            layer.router.begin(None)
+
+    def _matrix(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+        """The argument of that name if it is (B, S), however it was passed; else None."""
+        value = kwargs.get(name)
+        place = self.position.get(name, len(args))
+        if value is None and place < len(args):
+            value = args[place]
+        return value if isinstance(value, Tensor) and value.ndim == 2 else None
 
 
 def _elsewhere(path: str) -> bool:

@@ -72,6 +72,8 @@ class RoutedExperts(Method, abc.ABC):
     """Abstract: replaces feed-forward blocks by expert layers and looks after them."""
 
     loss_stage: ClassVar[Literal["sample", "weight", "batch"]] = "batch"
+    causal: ClassVar[bool] = True
+    """Whether a token's routing in training is independent of the other tokens of the batch."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)

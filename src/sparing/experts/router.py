@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import abc
 import math
+from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparing.core.errors import RequestError
@@ -19,6 +21,8 @@ class Router(nn.Module, abc.ABC):
     All slots are allocated from the start: switching a slot on or off never makes parameters.
     """
 
+    causal: ClassVar[bool] = True
+    """Whether a token's routing in training is independent of the other tokens of the batch."""
     similarity: nn.Parameter
     active: Tensor
 
@@ -45,6 +49,16 @@ class Router(nn.Module, abc.ABC):
     def update_thresholds(self, load: Tensor, tokens: Tensor) -> None:
         """Steer the load outside of forward; load: (E,), tokens: (), since the last step."""
 
+    def flops(self, tokens: int) -> int:
+        """Floating-point operations of routing that many training tokens, forward and backward."""
+        # backward costs the product again for the input, and for rows that are trained
+        passes = 3 if self.similarity.requires_grad else 2
+        # one more where closed gates are credited with the experts' mean outputs
+        return 2 * tokens * self.dim * self.slots_count * (passes + int(self.tracks_outputs))
+
+    def begin(self, ids: Tensor | None) -> None:
+        """A forward pass of the model begins; ids: (B, S) int64, its tokens', or None."""
+
     def slots(self) -> dict[str, nn.Parameter]:
         """The parameters whose axis 0 is the expert slot."""
         return {"similarity": self.similarity}
@@ -53,6 +67,11 @@ class Router(nn.Module, abc.ABC):
 def exact(x: Tensor) -> Tensor:
     """Routers compute in float32 whatever the activations' type; float64 is kept for checks."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+def scores_of(x: Tensor, router: Router) -> Tensor:
+    """The products of tokens x: (T, d), float32 or float64, with each slot's row; (T, E)."""
+    return F.linear(x, exact(router.similarity))
 
 
 def orthogonal_rows_(weight: Tensor, generator: torch.Generator) -> Tensor:

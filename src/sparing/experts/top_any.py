@@ -29,6 +29,8 @@ from sparing.experts.routing import Routing
 
 PUBLISHED_LOSSES = LossWeights(diversity=0.01, simplicity=0.01, balance=0.01, efficiency=0.01)
 
+KNOWN_LOSSES = ("diversity", "simplicity", "balance", "z", "efficiency", "target_k")
+
 CHOICES = {
     "weights": ("score", "softmax", "uniform"),
     "closed_gates": ("zero", "mean", "none"),
@@ -132,7 +134,9 @@ class TopAnyOptions(ExpertOptions):
                 )
         if self.target_k is None and self.control is not None:
             raise RequestError(f'control="{self.control}" needs a target_k to hold')
-        if self.losses is not None and self.losses.target_k and self.control != "loss":
+        assert self.losses is not None
+        self.losses.only("top-any routing", KNOWN_LOSSES)
+        if self.losses.target_k and self.control != "loss":
             raise RequestError('the target_k loss needs a target_k and control="loss"')
 
 

@@ -1,84 +1,46 @@
-"""Softmax top-k routing (Shazeer et al. 2017, arXiv 1701.06538; Fedus et al. 2022), dropless."""
+"""Softmax top-k routing (Shazeer et al. 2017, arXiv 1701.06538; Fedus et al. 2022), dropless.
+
+Limited to a token's best groups of experts on request (DeepSeek-V2, arXiv 2405.04434).
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar, final
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from sparing.core.checks import require_whole
-from sparing.core.errors import RequestError
-from sparing.experts import losses
-from sparing.experts.losses import LossWeights
-from sparing.experts.method import ExpertOptions, RoutedExperts, nested
-from sparing.experts.router import Router, exact, normal_
-from sparing.experts.routing import Routing
+from sparing.experts.fixed_k import FixedKRouter, GroupedOptions, Scores
+from sparing.experts.method import RoutedExperts
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class TopKOptions(ExpertOptions):
-    """Options of top-k routing.
+class TopKOptions(GroupedOptions):
+    """Options of top-k routing; see FixedKOptions and GroupedOptions."""
 
-    experts: in each layer; k: that each token takes. normalize: whether a token's weights sum to
-    1; default for k > 1 only, since the weight of a single normalised expert is constant and its
-    router would get no gradient.
-    """
-
-    experts: int = 8
-    k: int = 2
-    normalize: bool | None = None
-    losses: LossWeights = field(default_factory=lambda: LossWeights(balance=0.01))
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_whole("experts", self.experts, 1)
-        require_whole("k", self.k, 1)
-        if self.k > self.experts:
-            raise RequestError(f"k must be at most experts ({self.experts}), got {self.k}")
-        if self.normalize is None:
-            object.__setattr__(self, "normalize", self.k > 1)
-        object.__setattr__(self, "losses", nested("losses", self.losses, LossWeights))
-        for name in ("diversity", "simplicity", "efficiency", "target_k"):
-            if getattr(self.losses, name):
-                raise RequestError(f"top-k routing has no {name} loss; its losses: balance, z")
+    router_name: ClassVar[str] = "top-k routing"
 
 
 @final
-class TopKRouter(Router):
+class TopKRouter(FixedKRouter):
     """The router module; see TopKOptions."""
 
     def __init__(self, dim: int, options: TopKOptions, seed: int = 0) -> None:
-        super().__init__(dim, options.experts)
+        super().__init__(
+            dim,
+            slots=options.experts,
+            k=options.k,
+            normalize=bool(options.normalize),
+            weights=options.losses,
+            groups=options.limit(),
+            seed=seed,
+        )
         self.options = options
-        normal_(self.similarity, torch.Generator().manual_seed(seed))
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Routing:
-        with torch.autocast(x.device.type, enabled=False):
-            logits = F.linear(exact(x), exact(self.similarity))
-            score = logits.masked_fill(~self.active, -torch.inf).softmax(1)
-            k = min(self.options.k, int(self.active.sum()))
-            picked = score.detach().topk(k, dim=1).indices
-            chosen = torch.zeros_like(score, dtype=torch.bool).scatter_(1, picked, True)
-            if mask is not None:
-                chosen = chosen & mask[:, None]
-            weights = score
-            if self.options.normalize:
-                kept = score * chosen
-                total = kept.sum(1, keepdim=True)
-                weights = kept / torch.where(total > 0, total, torch.ones_like(total))
-            auxiliary: dict[str, Tensor] = {}
-            if self.training:
-                weight = self.options.losses
-                if weight.balance:
-                    value = losses.balance(score, chosen, self.active, mask)
-                    auxiliary["balance"] = weight.weigh("balance", value)
-                if weight.z:
-                    auxiliary["z"] = weight.weigh("z", losses.z(logits, self.active, mask))
-            return Routing.from_map(chosen, weights, auxiliary)
+    def scores(self, x: Tensor) -> Scores:
+        logits = self.logits(x)
+        return Scores(logits, self.alive(logits).softmax(1))
 
 
 @final
