@@ -21,12 +21,14 @@ if TYPE_CHECKING:
     from sparing.experts.controller import ExpertController as ExpertController
     from sparing.experts.layer import router_loss as router_loss
     from sparing.experts.moefy import moefy_ as moefy_
+    from sparing.experts.relu import ReLURouter as ReLURouter
     from sparing.experts.statistics import observe as observe
     from sparing.experts.statistics import statistics as statistics
     from sparing.experts.storage import load as load
     from sparing.experts.storage import save as save
     from sparing.experts.top_any import TopAny as TopAny
     from sparing.experts.top_k import TopK as TopK
+    from sparing.experts.top_p import TopP as TopP
     from sparing.hosts.session import Session as Session
 
 __version__ = "0.1.0"
@@ -38,6 +40,7 @@ _HOMES = {
     "Ledger": "core.ledger",
     "Method": "core.method",
     "Plan": "core.method",
+    "ReLURouter": "experts.relu",
     "RequestError": "core.errors",
     "RunError": "core.errors",
     "Session": "hosts.session",
@@ -45,6 +48,7 @@ _HOMES = {
     "SparingError": "core.errors",
     "TopAny": "experts.top_any",
     "TopK": "experts.top_k",
+    "TopP": "experts.top_p",
     "load": "experts.storage",
     "moefy_": "experts.moefy",
     "observe": "experts.statistics",
@@ -60,6 +64,7 @@ __all__ = [
     "Ledger",
     "Method",
     "Plan",
+    "ReLURouter",
     "RequestError",
     "RunError",
     "Session",
@@ -67,6 +72,7 @@ __all__ = [
     "SparingError",
     "TopAny",
     "TopK",
+    "TopP",
     "__version__",
     "load",
     "moefy_",

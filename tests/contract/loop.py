@@ -46,6 +46,19 @@ CASES: dict[str, list[dict[str, Any]]] = {
         },
     ],
     "top-k": [{}, {"experts": 4, "k": 1}],
+    "top-p": [{}, {"experts": 4, "target_k": 2.0, "max_k": 3, "calibration": 2}],
+    "relu": [
+        {},
+        {
+            "experts": 4,
+            "target_k": 1.0,
+            "start": "calibrated",
+            "calibration": 2,
+            "coefficient": 0.01,
+            "penalty": "plain",
+        },
+        {"fallback": "zero", "coefficient": 1.0, "factor": 1.5, "normalize": True},
+    ],
 }
 
 

@@ -181,8 +181,13 @@ def test_doing_nothing_is_doing_nothing(name, options):
     torch.testing.assert_close(model(input_ids=ids).logits, expected, rtol=0, atol=1e-5)
 
 
-# top-k with k = 1 scales by the softmax score, which is how its router learns
-CONVEX = {"top-k": {"normalize": True}}
+# top-k with k = 1 scales by the softmax score, which is how its router learns; top-p and ReLU
+# routing do so always, as published, and a ReLU gate may leave a token without any expert
+CONVEX = {
+    "top-k": {"normalize": True},
+    "top-p": {"normalize": True},
+    "relu": {"normalize": True, "fallback": "best"},
+}
 
 
 @every_case

@@ -69,6 +69,20 @@ METHODS: Final[tuple[Record, ...]] = (
         paper="arXiv 1701.06538",
         card="top-k",
     ),
+    Record(
+        name="top-p",
+        target="sparing.experts.top_p:TopP",
+        summary="Each token takes experts until their probabilities add up to p.",
+        paper="arXiv 2403.07652",
+        card="top-p",
+    ),
+    Record(
+        name="relu",
+        target="sparing.experts.relu:ReLURouter",
+        summary="Experts whose ReLU gate is positive act; an adaptive penalty holds their number.",
+        paper="arXiv 2412.14711",
+        card="relu",
+    ),
 )
 
 TASKS: Final[tuple[Record, ...]] = (

@@ -25,6 +25,7 @@ class LossWeights:
     balance: float = 0.0
     z: float = 0.0
     efficiency: float = 0.0
+    entropy: float = 0.0
     target_k: float = 0.0
 
     def __post_init__(self) -> None:
@@ -34,6 +35,12 @@ class LossWeights:
                     f"the coefficient of the {f.name} loss must be at least 0, "
                     f"got {getattr(self, f.name)}"
                 )
+
+    def require(self, router: str, known: tuple[str, ...]) -> None:
+        """Raise RequestError if a coefficient is set of a loss that ``router`` does not have."""
+        for f in fields(self):
+            if f.name not in known and getattr(self, f.name):
+                raise RequestError(f"{router} has no {f.name} loss; its losses: {', '.join(known)}")
 
     def weigh(self, name: str, value: Tensor) -> Tensor:
         """The loss times its coefficient."""
@@ -111,6 +118,16 @@ def z(logits: Tensor, active: Tensor, mask: Tensor | None = None) -> Tensor:
     """Mean squared log-sum-exp of the logits (T, E) of active experts (Zoph et al. 2022, eq. 5)."""
     live = logits.masked_fill(~active, -torch.inf)
     return masked_mean(live.logsumexp(1).square(), mask)
+
+
+def entropy(logits: Tensor, active: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Mean entropy, in nats, of the softmax over active experts (Huang et al. 2024).
+
+    logits: (T, E). An expert whose probability underflows adds 0, not NaN.
+    """
+    live = logits.masked_fill(~active, torch.finfo(logits.dtype).min)
+    log = live.log_softmax(1)
+    return masked_mean(-(log.exp() * log).masked_fill(~active, 0.0).sum(1), mask)
 
 
 def efficiency(gates: Tensor, active: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -177,9 +177,12 @@ def _width(block: Block, method: RoutedExperts, experts: str, width: int | None)
         return width or block.width
     options = method.options
     taken = next(
-        float(value)
-        for name in ("target_k", "k", "start_k")
-        if (value := getattr(options, name, None)) is not None
+        (
+            float(value)
+            for name in ("target_k", "k", "start_k")
+            if (value := getattr(options, name, None)) is not None
+        ),
+        method.expected_k,
     )
     return max(1, math.ceil(block.width / max(taken, 1.0) / 8) * 8)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,9 @@ class Router(nn.Module, abc.ABC):
 
     similarity: nn.Parameter
     active: Tensor
+    steers_each: ClassVar[bool] = True
+    """Whether ``update_thresholds`` steers each expert to a share of the load, of which missing
+    experts then leave theirs unserved; or the number of experts per token whatever they are."""
 
     def __init__(self, dim: int, slots: int, start: int | None = None) -> None:
         super().__init__()

@@ -130,7 +130,12 @@ class TopAnyOptions(ExpertOptions):
             object.__setattr__(self, "control", "threshold")
         if self.target_k is None and self.control is not None:
             raise RequestError(f'control="{self.control}" needs a target_k to hold')
-        if self.losses is not None and self.losses.target_k and self.control != "loss":
+        assert self.losses is not None
+        self.losses.require(
+            "top-any routing",
+            ("diversity", "simplicity", "balance", "z", "efficiency", "target_k"),
+        )
+        if self.losses.target_k and self.control != "loss":
             raise RequestError('the target_k loss needs a target_k and control="loss"')
 
 

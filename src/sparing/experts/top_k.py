@@ -42,9 +42,7 @@ class TopKOptions(ExpertOptions):
         if self.normalize is None:
             object.__setattr__(self, "normalize", self.k > 1)
         object.__setattr__(self, "losses", nested("losses", self.losses, LossWeights))
-        for name in ("diversity", "simplicity", "efficiency", "target_k"):
-            if getattr(self.losses, name):
-                raise RequestError(f"top-k routing has no {name} loss; its losses: balance, z")
+        self.losses.require("top-k routing", ("balance", "z"))
 
 
 @final
