@@ -45,8 +45,17 @@ CASES: dict[str, list[dict[str, Any]]] = {
             },
         },
     ],
-    "top-k": [{}, {"experts": 4, "k": 1}],
-    "top-p": [{}, {"experts": 4, "target_k": 2.0, "max_k": 3, "calibration": 2}],
+    "top-k": [
+        {},
+        {"experts": 4, "k": 1},
+        {"experts": 4, "k": 3, "null_experts": 2, "null_kind": "constant"},
+        {"experts": 4, "shared": 2, "residual": True, "residual_coefficient": True},
+    ],
+    "top-p": [
+        {},
+        {"experts": 4, "target_k": 2.0, "max_k": 3, "calibration": 2},
+        {"experts": 4, "target_k": 1.5, "null_experts": 3, "null_kind": "copy", "normalize": True},
+    ],
     "relu": [
         {},
         {

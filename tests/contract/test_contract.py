@@ -182,10 +182,11 @@ def test_doing_nothing_is_doing_nothing(name, options):
 
 
 # top-k with k = 1 scales by the softmax score, which is how its router learns; top-p and ReLU
-# routing do so always, as published, and a ReLU gate may leave a token without any expert
+# routing do so always, as published, a ReLU gate may leave a token without any expert, and what a
+# null expert gives is not what the block computes
 CONVEX = {
-    "top-k": {"normalize": True},
-    "top-p": {"normalize": True},
+    "top-k": {"normalize": True, "null_experts": 0},
+    "top-p": {"normalize": True, "null_experts": 0},
     "relu": {"normalize": True, "fallback": "best"},
 }
 

@@ -100,16 +100,28 @@ def published_balance(gates: Tensor, mask: Tensor | None = None) -> Tensor:
     return (share * load).mean() * gates.shape[1] ** 2
 
 
-def balance(scores: Tensor, chosen: Tensor, active: Tensor, mask: Tensor | None = None) -> Tensor:
+def balance(
+    scores: Tensor,
+    chosen: Tensor,
+    active: Tensor,
+    mask: Tensor | None = None,
+    *,
+    null: int = 0,
+) -> Tensor:
     """Switch form, 1 when balanced: E_active sum_e f_e P_e (Fedus et al. 2022, eq. 4).
 
     scores: (T, E) non-negative, differentiable; chosen: (T, E) bool. f_e is the share of all rows
-    that expert e takes (no gradient), P_e the mean share of the scores that it gets.
+    that expert e takes (no gradient), P_e the mean share of the scores that it gets. The last
+    ``null`` columns are null experts: each counts with their mean load, since it does not matter
+    which of them a token takes (AdaMoE, arXiv 2406.13233).
     """
     live = scores * active
     share = live / live.sum(1, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny)
     rows = chosen if mask is None else chosen & mask[:, None]
     load = rows.sum(0).to(scores.dtype)
+    if null:
+        # over experts, not over tokens, which the sum above has already taken
+        load = torch.cat([load[:-null], load[-null:].mean().expand(null)])
     fraction = load / load.sum().clamp_min(1)
     return active.sum() * (fraction * masked_mean(share, mask)).sum()
 

@@ -46,6 +46,11 @@ class Router(nn.Module, abc.ABC):
         """Whether routing needs running means of the experts' outputs."""
         return False
 
+    @property
+    def products(self) -> int:
+        """How many products of size d routing a token takes, for the ledger."""
+        return self.slots_count
+
     def update_thresholds(self, load: Tensor, tokens: Tensor) -> None:
         """Steer the load outside of forward; load: (E,), tokens: (), since the last step."""
 

@@ -13,19 +13,20 @@ from sparing.core.checks import require_whole
 from sparing.core.errors import RequestError
 from sparing.experts import losses
 from sparing.experts.losses import LossWeights
-from sparing.experts.method import ExpertOptions, RoutedExperts, nested
+from sparing.experts.method import RoutedExperts, nested
+from sparing.experts.null import NullExperts, NullOptions
 from sparing.experts.router import Router, exact, normal_
 from sparing.experts.routing import Routing
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class TopKOptions(ExpertOptions):
+class TopKOptions(NullOptions):
     """Options of top-k routing.
 
     experts: in each layer; k: that each token takes. normalize: whether a token's weights sum to
     1; default for k > 1 only, since the weight of a single normalised expert is constant and its
-    router would get no gradient.
+    router would get no gradient. With null experts, k counts them too: see NullOptions.
     """
 
     experts: int = 8
@@ -37,10 +38,12 @@ class TopKOptions(ExpertOptions):
         super().__post_init__()
         require_whole("experts", self.experts, 1)
         require_whole("k", self.k, 1)
-        if self.k > self.experts:
-            raise RequestError(f"k must be at most experts ({self.experts}), got {self.k}")
+        most = self.experts + self.null_experts
+        if self.k > most:
+            raise RequestError(f"k must be at most experts ({most}), got {self.k}")
         if self.normalize is None:
             object.__setattr__(self, "normalize", self.k > 1)
+        self.check_null_weights(bool(self.normalize))
         object.__setattr__(self, "losses", nested("losses", self.losses, LossWeights))
         self.losses.require("top-k routing", ("balance", "z"))
 
@@ -52,19 +55,30 @@ class TopKRouter(Router):
     def __init__(self, dim: int, options: TopKOptions, seed: int = 0) -> None:
         super().__init__(dim, options.experts)
         self.options = options
-        normal_(self.similarity, torch.Generator().manual_seed(seed))
+        generator = torch.Generator().manual_seed(seed)
+        normal_(self.similarity, generator)
+        self.null = NullExperts(dim, options, generator) if options.null_experts else None
+
+    @property
+    def products(self) -> int:
+        return self.slots_count + (self.null.products if self.null else 0)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Routing:
         with torch.autocast(x.device.type, enabled=False):
             logits = F.linear(exact(x), exact(self.similarity))
-            score = logits.masked_fill(~self.active, -torch.inf).softmax(1)
-            k = min(self.options.k, int(self.active.sum()))
+            live = self.active
+            if self.null is not None:
+                logits, live = self.null.join(x, logits, live)
+            score = logits.masked_fill(~live, -torch.inf).softmax(1)
+            k = min(self.options.k, int(live.sum()))
             picked = score.detach().topk(k, dim=1).indices
             chosen = torch.zeros_like(score, dtype=torch.bool).scatter_(1, picked, True)
             if mask is not None:
                 chosen = chosen & mask[:, None]
             weights = score
-            if self.options.normalize:
+            if self.options.normalize and self.null is not None:
+                weights = self.null.normalize(score, chosen)
+            elif self.options.normalize:
                 kept = score * chosen
                 total = kept.sum(1, keepdim=True)
                 weights = kept / torch.where(total > 0, total, torch.ones_like(total))
@@ -72,10 +86,14 @@ class TopKRouter(Router):
             if self.training:
                 weight = self.options.losses
                 if weight.balance:
-                    value = losses.balance(score, chosen, self.active, mask)
+                    value = losses.balance(
+                        score, chosen, live, mask, null=self.options.null_experts
+                    )
                     auxiliary["balance"] = weight.weigh("balance", value)
                 if weight.z:
-                    auxiliary["z"] = weight.weigh("z", losses.z(logits, self.active, mask))
+                    auxiliary["z"] = weight.weigh("z", losses.z(logits, live, mask))
+            if self.null is not None:
+                return self.null.route(x, chosen, weights, auxiliary)
             return Routing.from_map(chosen, weights, auxiliary)
 
 
@@ -92,7 +110,9 @@ class TopK(RoutedExperts):
 
     @property
     def expected_k(self) -> float:
-        return float(self.options.k)
+        options = self.options
+        # of k, null experts take their share, which the balance loss keeps near even
+        return float(options.k * options.experts / (options.experts + options.null_experts))
 
     def router(self, dim: int, seed: int = 0) -> TopKRouter:
         return TopKRouter(dim, self.options, seed)

@@ -22,7 +22,8 @@ from sparing.core.ranks import sum_
 from sparing.core.recompute import recomputing
 from sparing.experts import losses
 from sparing.experts.losses import LossWeights
-from sparing.experts.method import ExpertOptions, RoutedExperts, nested
+from sparing.experts.method import RoutedExperts, nested
+from sparing.experts.null import NullExperts, NullOptions
 from sparing.experts.router import Router, exact, normal_
 from sparing.experts.routing import Routing
 
@@ -34,7 +35,7 @@ MOST = 1 << 24
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class TopPOptions(ExpertOptions):
+class TopPOptions(NullOptions):
     """Options of top-p routing.
 
     experts: in each layer. p: probability in (0, 1] that a token's experts must pass together; 1
@@ -44,6 +45,7 @@ class TopPOptions(ExpertOptions):
     where the first ``calibration`` training batches take that many (0 batches: at ``p``).
     proportional, integral: the controller's gains, in logits of p per relative error of k.
     losses: ``entropy`` (default 1e-4 without target_k), ``balance`` (default 0.01), ``z``.
+    With null experts, p and max_k count them too and target_k does not: see NullOptions.
     """
 
     experts: int = 8
@@ -65,16 +67,18 @@ class TopPOptions(ExpertOptions):
         most = self.experts
         if self.max_k is not None:
             require_whole("max_k", self.max_k, 1)
-            if self.max_k > self.experts:
-                raise RequestError(
-                    f"max_k must be at most experts ({self.experts}), got {self.max_k}"
-                )
-            most = self.max_k
+            allowed = self.experts + self.null_experts
+            if self.max_k > allowed:
+                raise RequestError(f"max_k must be at most experts ({allowed}), got {self.max_k}")
+            most = min(most, self.max_k)
+        self.check_null_weights(self.normalize)
         require_number("proportional", self.proportional, 0)
         require_number("integral", self.integral, 0)
         require_whole("calibration", self.calibration, 0)
         if self.target_k is not None:
-            require_number("target_k", self.target_k, 1, most)
+            require_number("target_k", self.target_k, 0 if self.null_experts else 1, most)
+            if self.target_k == 0:
+                raise RequestError("target_k must be above 0")
         chosen = LossWeights(balance=0.01, entropy=1e-4 if self.target_k is None else 0.0)
         if self.losses is not None:
             chosen = nested("losses", self.losses, LossWeights)
@@ -97,12 +101,18 @@ class TopPRouter(Router):
     def __init__(self, dim: int, options: TopPOptions, seed: int = 0) -> None:
         super().__init__(dim, options.experts)
         self.options = options
-        normal_(self.similarity, torch.Generator().manual_seed(seed))
+        generator = torch.Generator().manual_seed(seed)
+        normal_(self.similarity, generator)
+        self.null = NullExperts(dim, options, generator) if options.null_experts else None
         if options.target_k is not None:
             start = torch.logit(torch.tensor(float(options.p))).clamp(-WIDEST, WIDEST)
             self.register_buffer("level", start)
             self.register_buffer("error", torch.zeros(()))
             self.register_buffer("calibrated", torch.zeros((), dtype=torch.int64))
+
+    @property
+    def products(self) -> int:
+        return self.slots_count + (self.null.products if self.null else 0)
 
     @property
     def p(self) -> Tensor:
@@ -115,19 +125,25 @@ class TopPRouter(Router):
         with torch.autocast(x.device.type, enabled=False):
             logits = F.linear(exact(x), exact(self.similarity))
             live = self.active
+            if self.null is not None:
+                logits, live = self.null.join(x, logits, live)
             score = logits.masked_fill(~live, -torch.inf).softmax(1)
             below = before(score.detach())
             if self.training and not recomputing():
-                self._calibrate(below, mask)
+                self._calibrate(below[:, : self.slots_count], mask)
             chosen = self._choose(score, below) & live
             if mask is not None:
                 chosen = chosen & mask[:, None]
             weights = score
-            if self.options.normalize:
+            if self.options.normalize and self.null is not None:
+                weights = self.null.normalize(score, chosen)
+            elif self.options.normalize:
                 kept = score * chosen
                 total = kept.sum(1, keepdim=True)
                 weights = kept / torch.where(total > 0, total, torch.ones_like(total))
-            auxiliary = self._losses(logits, score, chosen, mask) if self.training else {}
+            auxiliary = self._losses(logits, score, chosen, live, mask) if self.training else {}
+            if self.null is not None:
+                return self.null.route(x, chosen, weights, auxiliary)
             return Routing.from_map(chosen, weights, auxiliary)
 
     def _choose(self, score: Tensor, below: Tensor) -> Tensor:
@@ -143,18 +159,19 @@ class TopPRouter(Router):
         return chosen
 
     def _losses(
-        self, logits: Tensor, score: Tensor, chosen: Tensor, mask: Tensor | None
+        self, logits: Tensor, score: Tensor, chosen: Tensor, live: Tensor, mask: Tensor | None
     ) -> dict[str, Tensor]:
         weight = self.options.losses
         assert weight is not None
         found: dict[str, Tensor] = {}
         if weight.balance:
-            value = losses.balance(score, chosen, self.active, mask)
+            null = self.options.null_experts
+            value = losses.balance(score, chosen, live, mask, null=null)
             found["balance"] = weight.weigh("balance", value)
         if weight.entropy:
-            found["entropy"] = weight.weigh("entropy", losses.entropy(logits, self.active, mask))
+            found["entropy"] = weight.weigh("entropy", losses.entropy(logits, live, mask))
         if weight.z:
-            found["z"] = weight.weigh("z", losses.z(logits, self.active, mask))
+            found["z"] = weight.weigh("z", losses.z(logits, live, mask))
         return found
 
     @torch.no_grad()
@@ -225,10 +242,11 @@ class TopP(RoutedExperts):
         if self.options.target_k is not None:
             return float(self.options.target_k)
         # as training starts: logits of tokens of unit variance are standard normal
-        random = torch.randn(4096, self.slots, generator=torch.Generator().manual_seed(0))
+        null, most = self.options.null_experts, self.options.max_k
+        random = torch.randn(4096, self.slots + null, generator=torch.Generator().manual_seed(0))
         k = (before(random.softmax(1)) <= self.options.p).sum(1).double()
-        most = self.options.max_k
-        return float(k.clamp_max(math.inf if most is None else most).mean())
+        k = k.clamp_max(math.inf if most is None else most)
+        return float(k.mean().item() * self.slots / (self.slots + null))
 
     def router(self, dim: int, seed: int = 0) -> TopPRouter:
         return TopPRouter(dim, self.options, seed)
