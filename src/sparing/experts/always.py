@@ -1,9 +1,8 @@
 """What acts on every token beside the routed experts: shared experts, and the dense block itself.
 
-Shared experts: DeepSeekMoE (Dai et al. 2024, arXiv 2401.06066). The dense block
-beside the experts: residual MoE (Rajbhandari et al. 2022, DeepSpeed-MoE, arXiv
-2201.05596); the
-learned coefficient is that of DeepSpeed's layer.
+Shared experts: DeepSeekMoE (Dai et al. 2024, arXiv 2401.06066). The dense block beside the
+experts: residual MoE in DeepSpeed-MoE (Rajbhandari et al. 2022, arXiv 2201.05596); the learned
+coefficient is that of DeepSpeed's layer, without its bias.
 """
 
 from __future__ import annotations

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from sparing.core.checks import require_number, require_whole
 from sparing.core.errors import RequestError
-from sparing.core.ranks import sum_
 from sparing.core.recompute import recomputing
 from sparing.experts import losses
+from sparing.experts.calibration import batch_quantile
 from sparing.experts.method import ExpertOptions, RoutedExperts
 from sparing.experts.router import Router, exact, normal_
 from sparing.experts.routing import Routing
@@ -161,14 +161,9 @@ class ReLUGates(Router):
             return
         real = logits if mask is None else logits[mask]
         share = min(1.0, self.options.target_k / int(self.active.sum()))
-        quantile = torch.zeros_like(self.offset)
-        ranks_with_tokens = torch.tensor(float(real.shape[0] > 0), device=real.device)
-        if real.shape[0]:
-            quantile.copy_(torch.quantile(real.float(), 1.0 - share, dim=0))
-        sum_([quantile, ranks_with_tokens])  # a rank whose batch is all padding takes part too
-        if ranks_with_tokens == 0:
+        quantile = batch_quantile(real, 1.0 - share)
+        if quantile is None:
             return
-        quantile /= ranks_with_tokens.to(quantile)
         moved = self.offset + (quantile - self.offset) / (int(self.calibrated) + 1)
         self.offset.copy_(torch.where(self.active, moved, self.offset))
         self.calibrated += 1

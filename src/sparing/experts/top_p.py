@@ -18,9 +18,9 @@ from torch import Tensor
 
 from sparing.core.checks import require_number, require_whole
 from sparing.core.errors import RequestError
-from sparing.core.ranks import sum_
 from sparing.core.recompute import recomputing
 from sparing.experts import losses
+from sparing.experts.calibration import batch_quantile
 from sparing.experts.losses import LossWeights
 from sparing.experts.method import RoutedExperts, nested
 from sparing.experts.null import NullExperts, NullOptions
@@ -29,8 +29,6 @@ from sparing.experts.routing import Routing
 
 WIDEST = 14.0
 """The controller keeps p's logit within this, so that p stays apart from 0 and 1 in float32."""
-MOST = 1 << 24
-"""How many numbers ``torch.quantile`` takes at most."""
 
 
 @final
@@ -148,10 +146,12 @@ class TopPRouter(Router):
 
     def _choose(self, score: Tensor, below: Tensor) -> Tensor:
         """(T, E) bool: up to and including the expert whose cumulative probability passes p."""
-        if self.options.target_k is None and self.options.p >= 1:
-            chosen = torch.ones_like(below, dtype=torch.bool)  # whatever the sums round to
-        else:
+        if self.options.target_k is not None:
             chosen = below <= self.p
+        elif self.options.p < 1:
+            chosen = below <= self.options.p
+        else:
+            chosen = torch.ones_like(below, dtype=torch.bool)  # whatever the sums round to
         if self.options.max_k is not None:
             k = min(self.options.max_k, score.shape[1])
             best = score.detach().sort(dim=1, descending=True, stable=True).indices[:, :k]
@@ -186,15 +186,11 @@ class TopPRouter(Router):
         if target is None or int(self.calibrated) >= self.options.calibration:
             return
         real = (below if mask is None else below[mask])[:, self.active]
-        found, ranks_with_tokens = torch.zeros(2, device=below.device).unbind()
-        if real.shape[0]:
-            share = min(1.0, target / int(self.active.sum()))
-            found = torch.quantile(real.float().flatten()[:MOST], share)
-            ranks_with_tokens = torch.ones_like(found)
-        sum_([found, ranks_with_tokens])  # a rank whose batch is all padding takes part too
-        if ranks_with_tokens == 0:
+        share = min(1.0, target / int(self.active.sum()))
+        found = batch_quantile(real.reshape(-1, 1), share)
+        if found is None:
             return
-        level = torch.logit(found / ranks_with_tokens).clamp(-WIDEST, WIDEST).to(self.level)
+        level = torch.logit(found[0]).clamp(-WIDEST, WIDEST).to(self.level)
         self.level += (level - self.level) / (self.calibrated + 1)
         self.calibrated += 1
 
