@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from sparing.experts.moefy import moefy_ as moefy_
     from sparing.experts.noisy_top_k import NoisyTopK as NoisyTopK
     from sparing.experts.random import RandomExperts as RandomExperts
+    from sparing.experts.relu import ReLURouter as ReLURouter
     from sparing.experts.sigmoid import SigmoidTopK as SigmoidTopK
     from sparing.experts.statistics import observe as observe
     from sparing.experts.statistics import statistics as statistics
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from sparing.experts.switch import Switch as Switch
     from sparing.experts.top_any import TopAny as TopAny
     from sparing.experts.top_k import TopK as TopK
+    from sparing.experts.top_p import TopP as TopP
     from sparing.hosts.session import Session as Session
 
 __version__ = "0.1.0"
@@ -48,6 +50,7 @@ _HOMES = {
     "NoisyTopK": "experts.noisy_top_k",
     "Plan": "core.method",
     "RandomExperts": "experts.random",
+    "ReLURouter": "experts.relu",
     "RequestError": "core.errors",
     "RunError": "core.errors",
     "Session": "hosts.session",
@@ -57,6 +60,7 @@ _HOMES = {
     "Switch": "experts.switch",
     "TopAny": "experts.top_any",
     "TopK": "experts.top_k",
+    "TopP": "experts.top_p",
     "load": "experts.storage",
     "moefy_": "experts.moefy",
     "observe": "experts.statistics",
@@ -76,6 +80,7 @@ __all__ = [
     "NoisyTopK",
     "Plan",
     "RandomExperts",
+    "ReLURouter",
     "RequestError",
     "RunError",
     "Session",
@@ -85,6 +90,7 @@ __all__ = [
     "Switch",
     "TopAny",
     "TopK",
+    "TopP",
     "__version__",
     "load",
     "moefy_",

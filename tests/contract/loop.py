@@ -45,7 +45,30 @@ CASES: dict[str, list[dict[str, Any]]] = {
             },
         },
     ],
-    "top-k": [{}, {"experts": 4, "k": 1}, {"experts": 6, "k": 2, "groups": 3, "groups_kept": 2}],
+    "top-k": [
+        {},
+        {"experts": 4, "k": 1},
+        {"experts": 6, "k": 2, "groups": 3, "groups_kept": 2},
+        {"experts": 4, "k": 3, "null_experts": 2, "null_kind": "constant"},
+        {"experts": 4, "shared": 2, "residual": True, "residual_coefficient": True},
+    ],
+    "top-p": [
+        {},
+        {"experts": 4, "target_k": 2.0, "max_k": 3, "calibration": 2},
+        {"experts": 4, "target_k": 1.5, "null_experts": 3, "null_kind": "copy", "normalize": True},
+    ],
+    "relu": [
+        {},
+        {
+            "experts": 4,
+            "target_k": 1.0,
+            "start": "calibrated",
+            "calibration": 2,
+            "coefficient": 0.01,
+            "penalty": "plain",
+        },
+        {"fallback": "zero", "coefficient": 1.0, "factor": 1.5, "normalize": True},
+    ],
     "noisy-top-k": [{}, {"experts": 4, "k": 2, "noise_floor": 0.5, "losses": {"load": 0.1}}],
     "sigmoid-top-k": [
         {},

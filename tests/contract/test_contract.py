@@ -181,12 +181,16 @@ def test_doing_nothing_is_doing_nothing(name, options):
     torch.testing.assert_close(model(input_ids=ids).logits, expected, rtol=0, atol=1e-5)
 
 
-# some routers scale by a score below 1, which is how they learn: not by that of one expert alone
+# top-k with k = 1 scales by the softmax score, which is how its router learns; top-p and ReLU
+# routing do so always, as published, a ReLU gate may leave a token without any expert, and what a
+# null expert gives is not what the block computes
 CONVEX = {
-    "top-k": {"normalize": True},
+    "top-k": {"normalize": True, "null_experts": 0},
     "switch": {"experts": 1},
     "sigmoid-top-k": {"normalize": True, "scale": 1.0},
     "expert-choice": {"experts": 1, "k": 1},
+    "top-p": {"normalize": True, "null_experts": 0},
+    "relu": {"normalize": True, "fallback": "best"},
 }
 
 

@@ -33,14 +33,26 @@ def counting() -> FlopCounterMode:
 
 
 def layer_of(method: Any, *, gated: bool = True) -> ExpertLayer:
+    from sparing.experts.always import AlwaysOn
     from sparing.experts.experts import Experts
 
     torch.manual_seed(0)
     experts = Experts(
         32, 48, method.slots, gated=gated, bias=not gated, activation="silu" if gated else "gelu"
     )
-    return ExpertLayer(method.router(32), experts).train()
+    always = None
+    if method.options.shared or method.options.residual:
+        kinds = {"gated": gated, "bias": not gated, "activation": experts.activation}
+        always = AlwaysOn(
+            32,
+            shared=Experts(32, 48, 1, **kinds) if method.options.shared else None,
+            residual=Experts(32, 64, 1, **kinds) if method.options.residual else None,
+            learned=method.options.residual_coefficient,
+        )
+    return ExpertLayer(method.router(32), experts, always=always).train()
 
+
+NULL = {"k": 3, "null_experts": 3}
 
 METHODS = [
     pytest.param(lambda: sparing.TopK(experts=6, k=1), id="top-1"),
@@ -52,6 +64,15 @@ METHODS = [
     pytest.param(lambda: sparing.TopAny(max_experts=6), id="top-any"),
     pytest.param(lambda: sparing.TopAny(max_experts=6, start_experts=4), id="four of six"),
     pytest.param(lambda: sparing.TopAny(max_experts=6, published=True), id="published"),
+    pytest.param(lambda: sparing.TopP(experts=6), id="top-p"),
+    pytest.param(lambda: sparing.ReLURouter(experts=6), id="relu"),
+    pytest.param(lambda: sparing.TopK(experts=6, **NULL), id="null"),
+    pytest.param(lambda: sparing.TopK(experts=6, null_kind="copy", **NULL), id="copies"),
+    pytest.param(lambda: sparing.TopK(experts=6, null_kind="constant", **NULL), id="constants"),
+    pytest.param(lambda: sparing.TopP(experts=6, shared=2, shared_width=24), id="shared"),
+    pytest.param(
+        lambda: sparing.TopK(experts=6, residual=True, residual_coefficient=True), id="residual"
+    ),
 ]
 
 

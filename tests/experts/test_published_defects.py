@@ -36,19 +36,22 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from sparing.experts import top_any
+from sparing.experts import calibration
 from sparing.experts.experts import Experts
 from sparing.experts.layer import ExpertLayer
+from sparing.experts.method import RoutedExperts
+from sparing.experts.relu import ReLURouter
 from sparing.experts.statistics import statistics
 from sparing.experts.top_any import TopAny, TopAnyOptions, TopAnyRouter
 from sparing.experts.top_k import TopK
+from sparing.experts.top_p import TopP
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def layer_of(method: TopAny | TopK, dim: int = 8, width: int = 16) -> ExpertLayer:
+def layer_of(method: RoutedExperts, dim: int = 8, width: int = 16) -> ExpertLayer:
     experts = Experts(dim, width, method.slots)
     experts.init_(generator=torch.Generator().manual_seed(0))
     return ExpertLayer(method.router(dim), experts).train()
@@ -210,17 +213,22 @@ def test_12_routing_asks_no_other_rank(monkeypatch):
     for name in names:
         monkeypatch.setattr(dist, name, lambda *_a, name=name, **_k: called.append(name))
     summed: list[int] = []
-    monkeypatch.setattr(top_any, "sum_", lambda tensors: summed.append(len(list(tensors))))
+    monkeypatch.setattr(calibration, "sum_", lambda tensors: summed.append(len(list(tensors))))
     # calibration, the first training batches, is the one stated meeting of the ranks
     layer = small_layer(4, 4, calibration=2, target_k=2.0).train()
     for seed in range(4):
         layer(normal(16, 8, seed=seed)).sum().backward()
     assert len(summed) == 2
     layer.eval()(normal(16, 8))
+    for other in (TopP(target_k=2.0, calibration=2), ReLURouter(start="calibrated", calibration=2)):
+        layer = layer_of(other)
+        for seed in range(4):
+            layer(normal(16, 8, seed=seed)).sum().backward()
+    assert len(summed) == 6
     published = small_layer(4, 4, published=True).train()
     published(normal(16, 8)).sum().backward()
     published.eval()(normal(16, 8))
-    assert len(summed) == 2
+    assert len(summed) == 6
     assert called == []
 
 

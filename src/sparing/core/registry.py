@@ -111,6 +111,20 @@ METHODS: Final[tuple[Record, ...]] = (
         paper="arXiv 2106.04426",
         card="hash",
     ),
+    Record(
+        name="top-p",
+        target="sparing.experts.top_p:TopP",
+        summary="Each token takes experts until their probabilities add up to p.",
+        paper="arXiv 2403.07652",
+        card="top-p",
+    ),
+    Record(
+        name="relu",
+        target="sparing.experts.relu:ReLURouter",
+        summary="Experts whose ReLU gate is positive act; an adaptive penalty holds their number.",
+        paper="arXiv 2412.14711",
+        card="relu",
+    ),
 )
 
 TASKS: Final[tuple[Record, ...]] = (

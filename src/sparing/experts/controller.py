@@ -146,7 +146,8 @@ class ExpertController:
         if self.options.share == "slots":
             # experts alive carry their slots' share, not the share of those that are missing;
             # the fallback's rows say nothing about the gates: counting them would close all
-            tokens = tokens * router.active.sum() / router.active.numel()
+            if router.steers_each:
+                tokens = tokens * router.active.sum() / router.active.numel()
             load = load - layer.record.fallback
         router.update_thresholds(load, tokens)
 

@@ -83,6 +83,17 @@ class Experts(nn.Module):
         """The parameters whose first axis is the slot, by name: here, all of them."""
         return dict(self.named_parameters(recurse=False))
 
+    def nets(self) -> Nets:
+        """The weights as the backends take them."""
+        return Nets(
+            gate=self.gate,
+            up=self.up,
+            up_bias=self.up_bias,
+            down=self.down,
+            down_bias=self.down_bias,
+            activation=self.activation,
+        )
+
     @overload
     def forward(
         self, x: Tensor, routing: Routing, *, backend: str = ..., want_means: Literal[False] = ...
@@ -108,14 +119,7 @@ class Experts(nn.Module):
         """
         self._check(x, routing, backend)
         device = x.device.type
-        nets = Nets(
-            gate=self.gate,
-            up=self.up,
-            up_bias=self.up_bias,
-            down=self.down,
-            down_bias=self.down_bias,
-            activation=self.activation,
-        )
+        nets = self.nets()
         if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
             dtype = torch.get_autocast_dtype(device)
             x, nets = x.to(dtype), nets.to(dtype)

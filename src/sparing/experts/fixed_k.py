@@ -37,7 +37,7 @@ class ScoredOptions(ExpertOptions):
         super().__post_init__()
         require_whole("experts", self.experts, 1)
         object.__setattr__(self, "losses", nested("losses", self.losses, LossWeights))
-        self.losses.only(self.router_name, self.known_losses)
+        self.losses.require(self.router_name, self.known_losses)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,10 +55,15 @@ class FixedKOptions(ScoredOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_whole("k", self.k, 1)
-        if self.k > self.experts:
-            raise RequestError(f"k must be at most experts ({self.experts}), got {self.k}")
+        if self.k > self.choices:
+            raise RequestError(f"k must be at most experts ({self.choices}), got {self.k}")
         if self.normalize is None:
             object.__setattr__(self, "normalize", self.k > 1)
+
+    @property
+    def choices(self) -> int:
+        """How many a token chooses among."""
+        return self.experts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,12 +161,18 @@ class FixedKRouter(Router, abc.ABC):
         """The logits with minus infinity at inactive slots."""
         return logits.masked_fill(~self.active, -torch.inf)
 
+    @property
+    def live(self) -> Tensor:
+        """Which columns of the scores may be chosen, bool; as many as the scores have."""
+        return self.active
+
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Routing:
         with torch.autocast(x.device.type, enabled=False):
             found = self.scores(exact(x))
-            k = min(self.k, int(self.active.sum()))
+            live = self.live
+            k = min(self.k, int(live.sum()))
             ranking = found.score if found.ranking is None else found.ranking
-            chosen = top_k_map(ranking.detach(), k, self.active, self.groups)
+            chosen = top_k_map(ranking.detach(), k, live, self.groups)
             if mask is not None:
                 chosen = chosen & mask[:, None]
             weights = self.weigh(found.score, chosen)
@@ -173,7 +184,13 @@ class FixedKRouter(Router, abc.ABC):
                     name: self.loss_weights.weigh(name, self.loss(name, found, chosen, mask))
                     for name in self.loss_weights.wanted()
                 }
-            return Routing.from_map(chosen, weights, auxiliary)
+            return self.routing(x, chosen, weights, auxiliary)
+
+    def routing(
+        self, x: Tensor, chosen: Tensor, weights: Tensor, auxiliary: dict[str, Tensor]
+    ) -> Routing:
+        """The rows of what was chosen; x: (T, d), chosen, weights: as many columns as scores."""
+        return Routing.from_map(chosen, weights, auxiliary)
 
     def weigh(self, score: Tensor, chosen: Tensor) -> Tensor:
         """The weights of the chosen experts, before ``scale``; (T, E), 0 elsewhere."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sparing.core.errors import RequestError
 from sparing.core.recompute import recomputing
+from sparing.experts.always import AlwaysOn
 from sparing.experts.experts import Experts
 from sparing.experts.gates import credit_closed_gates
 from sparing.experts.record import Record
@@ -23,6 +24,8 @@ KEPT_LOSSES = 16
 class ExpertLayer(nn.Module):
     """A router and its experts; hidden (..., d) in, the same shape out.
 
+    ``always``: shared experts and a residual block that act on every token beside the routed ones.
+
     In training it keeps a ``record`` of what was routed (see Record) and the router's auxiliary
     losses of the forward passes since ``take_losses``. Evaluation passes and the recomputation of
     activation checkpointing (use the non-reentrant kind) leave both as they are.
@@ -35,10 +38,17 @@ class ExpertLayer(nn.Module):
     output_mean: Tensor
 
     def __init__(
-        self, router: Router, experts: Experts, *, name: str = "", dropout: float = 0.0
+        self,
+        router: Router,
+        experts: Experts,
+        *,
+        name: str = "",
+        dropout: float = 0.0,
+        always: AlwaysOn | None = None,
     ) -> None:
         super().__init__()
         self.router, self.experts, self.name = router, experts, name
+        self.always = always
         self.dropout = nn.Dropout(dropout)
         self.mask: Tensor | None = None
         self.domain: Tensor | None = None
@@ -80,6 +90,10 @@ class ExpertLayer(nn.Module):
             y = self.experts(x, routing)
         if routing.closed is not None:
             y = credit_closed_gates(y, routing.closed, self.output_mean)
+        if routing.bypass is not None:
+            y = y + routing.bypass.to(y.dtype)
+        if self.always is not None:
+            y = self.always(x, y, mask)
         if self.training and not recomputing():
             self.record.add(
                 x,
@@ -135,6 +149,11 @@ class ExpertLayer(nn.Module):
         spent = passes * self.experts.flops(self.rows_spent)
         spent += self.router.flops(self.tokens_spent)
         dense = passes * self.experts.flops(self.rows_dense)
+        if self.always is not None:
+            # what every token passes belongs to either side
+            trained = any(p.requires_grad for p in self.always.parameters())
+            both = (3 if trained else 2) * self.always.flops(self.tokens_spent)
+            spent, dense = spent + both, dense + both
         self.rows_spent = self.rows_dense = self.tokens_spent = 0
         return spent, dense
 

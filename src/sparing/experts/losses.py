@@ -25,6 +25,7 @@ class LossWeights:
     balance: float = 0.0
     z: float = 0.0
     efficiency: float = 0.0
+    entropy: float = 0.0
     target_k: float = 0.0
     importance: float = 0.0
     load: float = 0.0
@@ -37,6 +38,12 @@ class LossWeights:
                     f"got {getattr(self, f.name)}"
                 )
 
+    def require(self, router: str, known: tuple[str, ...]) -> None:
+        """Raise RequestError if a coefficient is set of a loss that ``router`` does not have."""
+        for f in fields(self):
+            if f.name not in known and getattr(self, f.name):
+                raise RequestError(f"{router} has no {f.name} loss; its losses: {', '.join(known)}")
+
     def weigh(self, name: str, value: Tensor) -> Tensor:
         """The loss times its coefficient."""
         weighted: Tensor = getattr(self, name) * value
@@ -45,14 +52,6 @@ class LossWeights:
     def wanted(self) -> list[str]:
         """The losses whose coefficient is not 0."""
         return [f.name for f in fields(self) if getattr(self, f.name)]
-
-    def only(self, router: str, known: tuple[str, ...]) -> None:
-        """RequestError if a loss is wanted that ``router``, so called, does not have."""
-        for name in self.wanted():
-            if name not in known:
-                raise RequestError(
-                    f"{router} has no {name} loss; its losses: {', '.join(sorted(known))}"
-                )
 
 
 def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
@@ -107,16 +106,28 @@ def published_balance(gates: Tensor, mask: Tensor | None = None) -> Tensor:
     return (share * load).mean() * gates.shape[1] ** 2
 
 
-def balance(scores: Tensor, chosen: Tensor, active: Tensor, mask: Tensor | None = None) -> Tensor:
+def balance(
+    scores: Tensor,
+    chosen: Tensor,
+    active: Tensor,
+    mask: Tensor | None = None,
+    *,
+    null: int = 0,
+) -> Tensor:
     """Switch form, 1 when balanced: E_active sum_e f_e P_e (Fedus et al. 2022, eq. 4).
 
     scores: (T, E) non-negative, differentiable; chosen: (T, E) bool. f_e is the share of all rows
-    that expert e takes (no gradient), P_e the mean share of the scores that it gets.
+    that expert e takes (no gradient), P_e the mean share of the scores that it gets. The last
+    ``null`` columns are null experts: each counts with their mean load, since it does not matter
+    which of them a token takes (AdaMoE, arXiv 2406.13233).
     """
     live = scores * active
     share = live / live.sum(1, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny)
     rows = chosen if mask is None else chosen & mask[:, None]
     load = rows.sum(0).to(scores.dtype)
+    if null:
+        # over experts, not over tokens, which the sum above has already taken
+        load = torch.cat([load[:-null], load[-null:].mean().expand(null)])
     fraction = load / load.sum().clamp_min(1)
     return active.sum() * (fraction * masked_mean(share, mask)).sum()
 
@@ -125,6 +136,16 @@ def z(logits: Tensor, active: Tensor, mask: Tensor | None = None) -> Tensor:
     """Mean squared log-sum-exp of the logits (T, E) of active experts (Zoph et al. 2022, eq. 5)."""
     live = logits.masked_fill(~active, -torch.inf)
     return masked_mean(live.logsumexp(1).square(), mask)
+
+
+def entropy(logits: Tensor, active: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Mean entropy, in nats, of the softmax over active experts (Huang et al. 2024).
+
+    logits: (T, E). An expert whose probability underflows adds 0, not NaN.
+    """
+    live = logits.masked_fill(~active, torch.finfo(logits.dtype).min)
+    log = live.log_softmax(1)
+    return masked_mean(-(log.exp() * log).masked_fill(~active, 0.0).sum(1), mask)
 
 
 def efficiency(gates: Tensor, active: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -31,12 +31,22 @@ class ExpertOptions:
     and that width divided by the experts a token takes on average with ``init="fresh"``.
     init: experts start ``fresh`` or each as a ``copy`` of the dense block. zero_output: fresh
     experts start with a last projection of zero, so that a block begins as its residual alone.
+    shared: experts that every token takes beside the routed ones, with weight 1, of
+    ``shared_width`` hidden units each (default: that of the routed ones); beside copies they start
+    with a last projection of zero, so that the block begins as the dense model's.
+    residual: keeps the dense block beside the experts. residual_coefficient: each token weighs the
+    two by a learned softmax, half and half at first; else both count fully. It is the default
+    beside copies, which would double the output otherwise.
     """
 
     where: Any = None
     width: int | None = None
     init: Literal["fresh", "copy"] = "fresh"
     zero_output: bool = False
+    shared: int = 0
+    shared_width: int | None = None
+    residual: bool = False
+    residual_coefficient: bool | None = None
 
     def __post_init__(self) -> None:
         if self.width is not None:
@@ -45,6 +55,15 @@ class ExpertOptions:
             raise RequestError(f'init must be "fresh" or "copy", got "{self.init}"')
         if self.zero_output and self.init == "copy":
             raise RequestError("zero_output is for fresh experts; a copy keeps the dense block")
+        require_whole("shared", self.shared, 0)
+        if self.shared_width is not None:
+            require_whole("shared_width", self.shared_width, 1)
+            if self.shared == 0:
+                raise RequestError("shared_width is the size of shared experts; say how many")
+        if self.residual_coefficient is None:
+            object.__setattr__(self, "residual_coefficient", self.residual and self.init == "copy")
+        elif self.residual_coefficient and not self.residual:
+            raise RequestError("residual_coefficient needs residual=True")
         if isinstance(self.where, tuple):
             object.__setattr__(self, "where", list(self.where))
 
@@ -186,9 +205,10 @@ class RoutedExperts(Method, abc.ABC):
         for layer in self.layers:
             size = sum(p.numel() for p in layer.parameters())
             alive = int(layer.router.active.sum())
+            beside = "" if layer.always is None else f" beside {layer.always.describe()}"
             lines.append(
                 f"{layer.name}: feed-forward block becomes {alive} of {self.slots} experts of "
-                f"width {layer.experts.width}, {size:,} parameters"
+                f"width {layer.experts.width}{beside}, {size:,} parameters"
             )
         return lines
 

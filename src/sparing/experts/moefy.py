@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sparing.core.errors import RequestError
+from sparing.experts.always import AlwaysOn
 from sparing.experts.experts import Experts
 from sparing.experts.families import Block, feed_forwards, known_families
 from sparing.experts.layer import ExpertLayer, expert_layers
@@ -43,8 +44,9 @@ def moefy_(
     are, or each a ``copy`` of the block, so that the output is the dense model's wherever a
     token's weights sum to 1; ``noise`` is then added, in standard deviations of each tensor.
     width: hidden units of each expert. A copy has the block's own; the default of fresh experts is
-    that divided by the experts which a token takes on average, to the next multiple of 8, so that
-    a token costs about what it did. What is left out is taken from the method's own options.
+    that divided by the experts which a token takes on average, shared ones too, to the next
+    multiple of 8, so that a token costs about what it did (beside a residual block: that more).
+    What is left out is taken from the method's own options.
     seed: of routers, fresh experts and noise; global generators are not touched.
 
     Raises RequestError, before anything is changed, if the model has no known block, ``where``
@@ -61,8 +63,13 @@ def moefy_(
         raise RequestError(f'noise must be at least 0, and needs experts="copy"; got {noise}')
     chosen = _choose(model, where)
     sizes: dict[str, int] = {}
+    if experts == "copy" and options.residual and not options.residual_coefficient:
+        raise RequestError(
+            'copies beside the residual block would double its output; take init="copy", which '
+            "weighs the two, residual_coefficient=True, or fresh experts with zero_output=True"
+        )
     for block in chosen:
-        _admit(block, experts, width)
+        _admit(block, experts, width, options.residual)
         sizes[block.path] = _width(block, method, experts, width)
     return place_(model, method, sizes, experts=experts, noise=noise, seed=seed)
 
@@ -80,43 +87,94 @@ def place_(
 
     ``empty`` experts hold whatever the memory held: for weights that are loaded afterwards.
     """
-    std = getattr(getattr(model, "config", None), "initializer_range", None)
     blocks = {block.path: block for block in feed_forwards(model)}
     for position, path in enumerate(_standing(model, blocks)):
         if path not in sizes:
             continue
         block, own = blocks[path], seed * STRIDE + position
         generator = torch.Generator().manual_seed(own)
-        activation = block.activation
-        with torch.device("meta"):
-            nets = Experts(
-                block.dim,
-                sizes[path],
-                method.slots,
-                gated=block.kind == "gated",
-                bias=bool({"up_bias", "down_bias"} & block.read().keys()),
-                activation=activation,
-                init_std=std if isinstance(std, float) and std > 0 else None,
-            )
-        weight = block.weight
+        weight, options = block.weight, method.options
+        nets = _nets(model, block, sizes[path], method.slots)
         if not weight.is_meta:
-            nets.to_empty(device="cpu")
-            nets.to(weight.dtype)
             if experts == "fresh":
                 nets.init_(generator=generator)
-                if method.options.zero_output:
-                    nets.down.data.zero_()
+                if options.zero_output:
+                    _silence_(nets)
             elif experts == "copy":
                 _copy_(nets, block.read(), noise, generator)
+        always = _always(model, block, method, sizes[path], experts, generator)
         nets.to(weight.device, weight.dtype)
-        layer = ExpertLayer(method.router(block.dim, own), nets, name=path, dropout=block.dropout)
+        layer = ExpertLayer(
+            method.router(block.dim, own),
+            nets,
+            name=path,
+            dropout=block.dropout,
+            always=always,
+        )
         layer.to(weight.device)
         if weight.dtype == torch.float64:
             layer.router.to(torch.float64)
+            if always is not None:
+                always.to(torch.float64)
         block.replace_(layer.train(block.body.training))
     attend_(model, expert_layers(model))
     _note_(model, method, sizes, seed)
     return model
+
+
+def _nets(model: nn.Module, block: Block, width: int, slots: int) -> Experts:
+    """Experts of the block's kind, with its dtype, on the CPU; their weights are not filled yet."""
+    std = getattr(getattr(model, "config", None), "initializer_range", None)
+    activation = block.activation
+    with torch.device("meta"):
+        nets = Experts(
+            block.dim,
+            width,
+            slots,
+            gated=block.kind == "gated",
+            bias=bool({"up_bias", "down_bias"} & block.read().keys()),
+            activation=activation,
+            init_std=std if isinstance(std, float) and std > 0 else None,
+        )
+    if not block.weight.is_meta:
+        nets.to_empty(device="cpu")
+        nets.to(block.weight.dtype)
+    return nets
+
+
+def _always(
+    model: nn.Module,
+    block: Block,
+    method: RoutedExperts,
+    width: int,
+    experts: Literal["fresh", "copy", "empty"],
+    generator: torch.Generator,
+) -> AlwaysOn | None:
+    """The shared experts and the residual block that the method's options ask for."""
+    options, shared, residual = method.options, None, None
+    filled = experts != "empty" and not block.weight.is_meta
+    if options.shared:
+        shared = _nets(model, block, options.shared * (options.shared_width or width), 1)
+        if filled:
+            shared.init_(generator=generator)
+            if options.zero_output or experts == "copy":
+                # the block begins as it would without them
+                _silence_(shared)
+    if options.residual:
+        residual = _nets(model, block, block.width, 1)
+        if filled:
+            _copy_(residual, block.read(), 0.0, generator)
+    nets = [net for net in (shared, residual) if net is not None]
+    for net in nets:
+        net.to(block.weight.device)
+    if not nets:
+        return None
+    return AlwaysOn(
+        block.dim,
+        shared=shared,
+        residual=residual,
+        learned=options.residual_coefficient,
+    )
 
 
 def _standing(model: nn.Module, blocks: Mapping[str, Block]) -> dict[str, nn.Module]:
@@ -147,7 +205,7 @@ def _choose(model: nn.Module, where: Where) -> list[Block]:
     return [blocks[path] for path in chosen]
 
 
-def _admit(block: Block, experts: str, width: int | None) -> None:
+def _admit(block: Block, experts: str, width: int | None, residual: bool) -> None:
     """RequestError if experts cannot stand for the block."""
     block.check()
     _ = block.activation  # raises if experts lack it
@@ -158,17 +216,17 @@ def _admit(block: Block, experts: str, width: int | None) -> None:
         )
     if width is not None and width < 1:
         raise RequestError(f"width must be at least 1, got {width}")
-    if experts == "copy":
-        if width not in (None, block.width):
-            raise RequestError(
-                f'a copy of "{block.path}" has its width {block.width}, got width={width}; leave '
-                f'width out, or take experts="fresh"'
-            )
+    if experts == "copy" and width not in (None, block.width):
+        raise RequestError(
+            f'a copy of "{block.path}" has its width {block.width}, got width={width}; leave '
+            f'width out, or take experts="fresh"'
+        )
+    if experts == "copy" or residual:
         bias = block.read().get("gate_bias")
         if bias is not None and not bias.is_meta and bool(bias.any()):
             raise RequestError(
                 f'the gate of "{block.path}" has a bias, which gated experts lack; take '
-                f'experts="fresh"'
+                f'experts="fresh"{" without residual" if residual else ""}'
             )
 
 
@@ -176,12 +234,26 @@ def _width(block: Block, method: RoutedExperts, experts: str, width: int | None)
     if width is not None or experts == "copy":
         return width or block.width
     options = method.options
+    # with null experts a token takes fewer true ones than k
+    names = ("target_k",) if getattr(options, "null_experts", 0) else ("target_k", "k", "start_k")
     taken = next(
-        float(value)
-        for name in ("target_k", "k", "start_k")
-        if (value := getattr(options, name, None)) is not None
+        (float(value) for name in names if (value := getattr(options, name, None)) is not None),
+        method.expected_k,
     )
-    return max(1, math.ceil(block.width / max(taken, 1.0) / 8) * 8)
+    hidden, parts = block.width, max(taken, 1.0)
+    if options.shared_width is None:
+        parts += options.shared
+    else:
+        hidden -= options.shared * options.shared_width
+    return max(1, math.ceil(hidden / parts / 8)) * 8
+
+
+@torch.no_grad()
+def _silence_(nets: Experts) -> None:
+    """Make the experts give zero."""
+    for name, parameter in nets.slots().items():
+        if name.startswith("down"):
+            parameter.zero_()
 
 
 @torch.no_grad()

@@ -25,6 +25,9 @@ class Router(nn.Module, abc.ABC):
     """Whether a token's routing in training is independent of the other tokens of the batch."""
     similarity: nn.Parameter
     active: Tensor
+    steers_each: ClassVar[bool] = True
+    """Whether ``update_thresholds`` steers each expert to a share of the load, of which missing
+    experts then leave theirs unserved; or the number of experts per token whatever they are."""
 
     def __init__(self, dim: int, slots: int, start: int | None = None) -> None:
         super().__init__()
@@ -46,6 +49,11 @@ class Router(nn.Module, abc.ABC):
         """Whether routing needs running means of the experts' outputs."""
         return False
 
+    @property
+    def products(self) -> int:
+        """How many products of size d routing a token takes, for the ledger."""
+        return self.slots_count
+
     def update_thresholds(self, load: Tensor, tokens: Tensor) -> None:
         """Steer the load outside of forward; load: (E,), tokens: (), since the last step."""
 
@@ -54,7 +62,7 @@ class Router(nn.Module, abc.ABC):
         # backward costs the product again for the input, and for rows that are trained
         passes = 3 if self.similarity.requires_grad else 2
         # one more where closed gates are credited with the experts' mean outputs
-        return 2 * tokens * self.dim * self.slots_count * (passes + int(self.tracks_outputs))
+        return 2 * tokens * self.dim * self.products * (passes + int(self.tracks_outputs))
 
     def begin(self, ids: Tensor | None) -> None:
         """A forward pass of the model begins; ids: (B, S) int64, its tokens', or None."""

@@ -24,7 +24,8 @@ class Routing:
     losses: auxiliary losses by name, scalars with gradient, times their coefficients;
     unserved: (T,) bool, real tokens that no gate opened for (before any fallback), or None;
     closed: (T, E) float, weights whose gradient is wanted where no row exists, or None
-    (see ``credit_closed_gates``).
+    (see ``credit_closed_gates``);
+    bypass: (T, d) float, what null experts add to the output beside the rows, or None.
     """
 
     tokens: Tensor
@@ -35,6 +36,7 @@ class Routing:
     losses: dict[str, Tensor] = field(default_factory=dict)
     unserved: Tensor | None = None
     closed: Tensor | None = None
+    bypass: Tensor | None = None
 
     @property
     def rows(self) -> int:

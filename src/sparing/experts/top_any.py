@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from sparing.core.checks import require_number, require_whole
 from sparing.core.errors import RequestError
-from sparing.core.ranks import sum_
 from sparing.core.recompute import recomputing
 from sparing.experts import losses
+from sparing.experts.calibration import batch_quantile
 from sparing.experts.controller import ControllerOptions
 from sparing.experts.gates import open_gates
 from sparing.experts.losses import LossWeights
@@ -135,7 +135,7 @@ class TopAnyOptions(ExpertOptions):
         if self.target_k is None and self.control is not None:
             raise RequestError(f'control="{self.control}" needs a target_k to hold')
         assert self.losses is not None
-        self.losses.only("top-any routing", KNOWN_LOSSES)
+        self.losses.require("top-any routing", KNOWN_LOSSES)
         if self.losses.target_k and self.control != "loss":
             raise RequestError('the target_k loss needs a target_k and control="loss"')
 
@@ -292,14 +292,9 @@ class TopAnyRouter(Router):
         by_slots = self.options.adapt is not None and self.options.adapt.share == "slots"
         experts = self.slots_count if by_slots else int(self.active.sum())
         share = min(1.0, wanted / experts)
-        quantile = torch.zeros_like(self.threshold)
-        ranks_with_tokens = torch.tensor(float(real.shape[0] > 0))
-        if real.shape[0]:
-            quantile.copy_(torch.quantile(real.float(), 1.0 - share, dim=0))
-        sum_([quantile, ranks_with_tokens])  # a rank whose batch is all padding takes part too
-        if ranks_with_tokens == 0:
+        quantile = batch_quantile(real, 1.0 - share)
+        if quantile is None:
             return
-        quantile /= ranks_with_tokens.to(quantile)
         moved = self.threshold + (quantile - self.threshold) / (seen + 1)
         self.threshold.copy_(torch.where(self.active, moved, self.threshold))
         self.calibrated += 1
