@@ -28,11 +28,14 @@ if TYPE_CHECKING:
     from sparing.experts.top_any import TopAny as TopAny
     from sparing.experts.top_k import TopK as TopK
     from sparing.hosts.session import Session as Session
+    from sparing.run.compare.finished import Comparison as Comparison
+    from sparing.run.compare.finished import compare as compare
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "Clock": "core.clock",
+    "Comparison": "run.compare.finished",
     "Context": "core.method",
     "ExpertController": "experts.controller",
     "Ledger": "core.ledger",
@@ -45,6 +48,7 @@ _HOMES = {
     "SparingError": "core.errors",
     "TopAny": "experts.top_any",
     "TopK": "experts.top_k",
+    "compare": "run.compare.finished",
     "load": "experts.storage",
     "moefy_": "experts.moefy",
     "observe": "experts.statistics",
@@ -55,6 +59,7 @@ _HOMES = {
 
 __all__ = [
     "Clock",
+    "Comparison",
     "Context",
     "ExpertController",
     "Ledger",
@@ -68,6 +73,7 @@ __all__ = [
     "TopAny",
     "TopK",
     "__version__",
+    "compare",
     "load",
     "moefy_",
     "observe",

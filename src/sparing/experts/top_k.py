@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, final
+from typing import Any, ClassVar, final
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ from torch import Tensor
 from sparing.core.checks import require_whole
 from sparing.core.errors import RequestError
 from sparing.experts import losses
+from sparing.experts.at_random import random_experts
 from sparing.experts.losses import LossWeights
 from sparing.experts.method import ExpertOptions, RoutedExperts, nested
 from sparing.experts.router import Router, exact, normal_
@@ -87,6 +89,12 @@ class TopK(RoutedExperts):
 
     name: ClassVar[str] = "top-k"
     Options = TopKOptions
+
+    @classmethod
+    def at_random(
+        cls, options: Mapping[str, Any], signals: Mapping[str, Any]
+    ) -> dict[str, dict[str, Any]]:
+        return random_experts(options, options["experts"], signals.get("mean_k", options["k"]))
 
     @property
     def slots(self) -> int:
