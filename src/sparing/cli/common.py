@@ -31,7 +31,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object to std
 
 
 @contextmanager
-def told() -> Iterator[None]:
+def told(again: str = "the same command and --resume") -> Iterator[None]:
     """Errors that are ours end in one message and the exit code of their kind."""
     try:
         yield
@@ -39,7 +39,7 @@ def told() -> Iterator[None]:
         typer.secho(f"error: {error}", fg="red", err=True)
         raise typer.Exit(error.exit_code) from None
     except KeyboardInterrupt:
-        typer.echo("interrupted; go on with the same command and --resume", err=True)
+        typer.echo(f"interrupted; go on with {again}", err=True)
         raise typer.Exit(1) from None
 
 

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from sparing.cli.common import Json, Name, Preset, Set, app, show, told
-from sparing.core.errors import RequestError
+from sparing.core.errors import RequestError, RunError
 
 
 @app.command()
@@ -50,7 +50,7 @@ def compare(
 
     Finished runs are kept and unfinished ones resumed: the same command goes on after any end.
     """
-    with told():
+    with told(again="the same command"):
         from sparing.run.compare.arms import Asked
         from sparing.run.compare.record import write
         from sparing.run.compare.run import PAGE, run_comparison
@@ -86,6 +86,8 @@ def compare(
             return [*lines(found), f"page: {page}" if page.is_file() else f"runs: {where}"]
 
         show(found.to_dict(), as_json, said)
+        if found.about.get("failed"):
+            raise RunError("; ".join(found.about["failed"]))
 
 
 def _names(text: str) -> list[str]:

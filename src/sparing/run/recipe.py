@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
@@ -222,7 +223,7 @@ def checked(kind: type[Any], given: Any, where: str) -> Any:
         raise RequestError(f"{where} must be a mapping of options, got {given!r}")
     _check_keys(kind, given, where)
     try:
-        return TypeAdapter(kind).validate_python(dict(given))
+        return _adapter(kind).validate_python(dict(given))
     except ValidationError as error:
         first = error.errors()[0]
         cause = first.get("ctx", {}).get("error")
@@ -230,6 +231,11 @@ def checked(kind: type[Any], given: Any, where: str) -> Any:
             raise RequestError(f"{where}: {cause}") from None
         path = ".".join([where, *(str(part) for part in first["loc"])])
         raise RequestError(f"{path}: {first['msg']}, got {first['input']!r}") from None
+
+
+@functools.cache
+def _adapter(kind: type[Any]) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
 
 
 def _check_keys(kind: type[Any], given: Mapping[str, Any], where: str) -> None:
@@ -292,7 +298,7 @@ def _read(source: str) -> dict[str, Any]:
         text = resources.files("sparing.recipes").joinpath(f"{source}.yaml").read_text("utf-8")
         name = source
     try:
-        body = yaml.safe_load(text)
+        body = _parsed(text)
     except yaml.YAMLError as error:
         raise RequestError(f"{source} is not YAML: {error}") from None
     if not isinstance(body, dict):
@@ -300,6 +306,12 @@ def _read(source: str) -> dict[str, Any]:
     body = _numbers(body)
     body.setdefault("name", name)
     return copy.deepcopy(body)
+
+
+@functools.lru_cache(32)
+def _parsed(text: str) -> Any:
+    """YAML is slow to read, and a comparison loads its recipe often; callers copy it."""
+    return yaml.safe_load(text)
 
 
 def _set(body: dict[str, Any], key: str, value: Any) -> None:

@@ -71,6 +71,13 @@ class Planned:
         """What makes the arm, as overrides of the recipe."""
         return as_overrides({**self.arm.set, **self.settled, **self.tuned})
 
+    def load(self, asked: Asked, more: Sequence[str] = ()) -> Recipe:
+        """Its recipe. Raises RequestError, naming the arm, if that is wrong."""
+        try:
+            return asked.load([*self.overrides(), *more])
+        except RequestError as error:
+            raise RequestError(f'the arm "{self.name}": {error}') from None
+
     def declared(self) -> dict[str, Any]:
         """What the page says of it."""
         told: dict[str, Any] = {"about": self.arm.about, "set": self.arm.set}
@@ -156,12 +163,19 @@ def _compared(recipe: Recipe, asked: Asked) -> Compared:
     margin = asked.margin or (held.margin if held else None)
     if held is None:
         return Compared(baseline=baseline, margin=margin)
+    if held.tune is not None:
+        decides = getattr(registry.task(recipe.task["name"]), "evaluation", ())
+        if not any(f"task.{option}" in held.tune.set for option in decides):
+            raise RequestError(
+                "compare.tune would choose settings by the data that the comparison judges by; "
+                "give compare.tune.set other held-out data, such as {task.split: development}"
+            )
     return Compared(baseline=baseline, margin=margin, random=held.random, tune=held.tune)
 
 
 def _selects(asked: Asked, planned: Planned) -> bool:
     """Whether one of the arm's methods chooses what chance could choose instead."""
-    recipe = asked.load(planned.overrides())
+    recipe = planned.load(asked)
     return any(
         registry.method(name).at_random.__func__ is not Method.at_random.__func__  # type: ignore[attr-defined]
         for name in recipe.methods

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, final
 
 import numpy as np
 
-from sparing.core.errors import RequestError, unknown
+from sparing.core.errors import RequestError, RunError, unknown
 from sparing.core.ledger import UNITS
 from sparing.run.compare.found import Found, find, read_json
 from sparing.run.compare.same import first_difference, main_code, require_same
@@ -158,18 +158,18 @@ def compare(
     Raises:
         RequestError: the arms differ in task, data, evaluation or budget, a directory holds no
             run, an arm or the baseline is not there, or the margin is not spelled right.
+        RunError: no run is finished.
     """
     about: dict[str, Any] = {}
     if isinstance(runs, str | Path) and (Path(runs) / STATE).is_file():
         held = read_json(Path(runs) / STATE)
-        arms = {
-            name: [Path(runs) / run["path"] for run in arm["runs"]]
-            for name, arm in held["arms"].items()
-        }
         baseline, margin = baseline or held["baseline"], margin or held["margin"]
         declared = {name: arm.get("declared", {}) for name, arm in held["arms"].items()}
         about = held.get("about", {})
-        found = {name: [find(p, name) for p in paths] for name, paths in arms.items()}
+        found = {
+            name: [_noted(find(Path(runs) / run["path"], name), run) for run in arm["runs"]]
+            for name, arm in held["arms"].items()
+        }
     else:
         found, declared = _found(runs), {}
     return judged(
@@ -194,11 +194,18 @@ def judged(
         raise RequestError(f"name the baseline, one of the arms: {', '.join(found)}")
     if baseline not in found:
         raise unknown("arm as baseline", baseline, found)
-    sets = {name: {**d.get("set", {}), **d.get("settled", {})} for name, d in declared.items()}
+    sets = {
+        name: {
+            key: value
+            for part in ("set", "settled", "tuned")
+            for key, value in d.get(part, {}).items()
+        }
+        for name, d in declared.items()
+    }
     warnings = require_same(found, sets)
     runs = [run for each in found.values() for run in each if run.state == "finished"]
     if not runs:
-        raise RequestError(
+        raise RunError(
             "no run is finished, so there is nothing to compare: "
             + "; ".join(f"{n}: {run.why}" for n, each in found.items() for run in each[:1])
         )
@@ -243,6 +250,13 @@ def judged(
         warnings=warnings,
         about=dict(about or {}),
     )
+
+
+def _noted(run: Found, state: Mapping[str, Any]) -> Found:
+    """What the comparison knows of a run that left no result itself."""
+    if run.state in ("finished", "diverged"):
+        return run
+    return replace(run, seed=state["seed"], why=state["why"] or run.why)
 
 
 def _documents(arm: Sequence[Found], baseline: Sequence[Found]) -> dict[str, Any]:

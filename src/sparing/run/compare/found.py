@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from dataclasses import dataclass, field
@@ -113,11 +114,17 @@ def read_json(path: Path) -> dict[str, Any]:
     return found
 
 
+@functools.lru_cache(512)
+def _parsed(text: str) -> Any:
+    """YAML is slow to read, and a comparison looks at the same recipes often; never changed."""
+    return yaml.safe_load(text)
+
+
 def _yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        found = _parsed(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise RequestError(f"{path} cannot be read ({error}); delete its run") from error
     return found if isinstance(found, dict) else {}

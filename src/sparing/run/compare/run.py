@@ -17,7 +17,7 @@ from sparing.core.state import atomic_write_json
 from sparing.run.compare import settled, tune
 from sparing.run.compare.arms import Asked, Planned, choose
 from sparing.run.compare.finished import STATE, Comparison, judged
-from sparing.run.compare.found import Found, find
+from sparing.run.compare.found import Found, find, read_json
 from sparing.run.compare.same import first_difference
 from sparing.run.compare.statistics import parse_margin
 from sparing.run.compare.work import Job, Launch, Pool, Processes, locked
@@ -44,6 +44,7 @@ def run_comparison(
     require_whole("seeds", asked.seeds, 1)
     require_whole("jobs", asked.jobs, 1)
     require_whole("looks", asked.looks, 1)
+    require_number("level", asked.level, 0.5, 1)
     if asked.looks > asked.seeds:
         raise RequestError(f"looks must be at most seeds ({asked.seeds}), got {asked.looks}")
     if asked.budget is not None:
@@ -57,8 +58,8 @@ def run_comparison(
         )
     parse_margin(compared.margin, kind.metric, kind.higher_is_better)
     for planned in arms:  # every arm is a right recipe before the first is run
-        if planned.waits_for is None or planned.of is None:
-            asked.load(planned.overrides())
+        if planned.of is None:
+            planned.load(asked)
     if asked.out.exists() and not asked.out.is_dir():
         raise RequestError(f"{asked.out} is not a directory; choose another by --out")
     if asked.out.is_dir() and not (asked.out / STATE).is_file():
@@ -87,10 +88,11 @@ class _Work:
         self.asked, self.note = asked, note
         self.margin, self.baseline = str(compared.margin), compared.baseline
         self.tuning = compared.tune
+        self.seeds = list(range(asked.seeds))
+        self._check_state()
         self.settled = settled.read(asked.out)
         self.tuned = tune.read(asked.out)
         self.arms = {p.name: self._known(p) for p in arms}
-        self.seeds = list(range(asked.seeds))
         self._check_places()
         self._write_state()
         self.measured: float | None = None
@@ -165,6 +167,19 @@ class _Work:
         overrides = [*planned.overrides(), *self._fixed(), f"seed={seed}"]
         place = self._place(planned, seed)
         return self._job(f"{planned.name}, seed {seed}", seed, place, overrides)
+
+    def _check_state(self) -> None:
+        """Refuse a directory that holds a comparison of something else."""
+        file = self.asked.out / STATE
+        if not file.is_file():
+            return
+        held, now = read_json(file).get("about", {}), self._about()
+        for key, option in (("recipe", "recipe"), ("preset", "--preset"), ("set", "-s")):
+            if held.get(key) != now[key]:
+                raise RequestError(
+                    f"{self.asked.out} holds a comparison with another {option}: {held.get(key)} "
+                    f"there and {now[key]} here; choose another directory by --out"
+                )
 
     def _check_places(self) -> None:
         """Refuse runs that are there and have other settings than their arm."""
@@ -297,7 +312,10 @@ class _Work:
         }
         own = by_arm.get(job.out.parent.name) or []
         every = [s for each in by_arm.values() for s in each]
-        return mean(own or every) if own or every else self.measured
+        seconds = mean(own or every) if own or every else self.measured
+        tokens = self.asked.load(job.overrides).train.tokens  # a run to tune by may be shorter
+        whole = self.asked.load().train.tokens
+        return seconds if seconds is None or not tokens or not whole else seconds * tokens / whole
 
     def _affordable(self) -> int:
         """How many whole blocks the budget reaches, at least one."""
@@ -305,7 +323,7 @@ class _Work:
             return len(self.seeds)
         block = 0.0
         for planned in self._arms():
-            job = self._job("", 0, self._place(planned, 0), [])
+            job = self._job("", 0, self._place(planned, 0), planned.overrides())
             block += self._estimate(job) or 0.0
         return max(1, int(self.pool.left * self.asked.jobs / block)) if block else len(self.seeds)
 
@@ -392,6 +410,12 @@ class _Work:
 
     def end(self) -> Comparison:
         comparison = self._judged()
+        failed = [f"{path}: {why}" for path, why in self.pool.failed.items()
+                  if self._find(path, "").state != "diverged"]  # fmt: skip
+        if failed:
+            comparison = dataclasses.replace(
+                comparison, about={**comparison.about, "failed": failed}
+            )
         self._write_state(comparison)
         try:
             comparison.page(self.asked.out / PAGE)

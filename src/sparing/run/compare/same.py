@@ -40,7 +40,7 @@ def require_same(
             meant = any(f"train.{key}" in declared.get(r.arm, {}) for r in (first, run))
             if ours != theirs and not meant:
                 raise _refused(first, run, f"budget (train.{key})", ours, theirs)
-    return [*_codes(arms), *_precisions(runs), *_machines(runs)]
+    return [*_codes(arms), *_precisions(runs), *_machines(runs), *_training(arms, declared)]
 
 
 def _shared(one: Found, other: Found) -> Iterator[tuple[str, tuple[Any, Any]]]:
@@ -71,7 +71,7 @@ def _refused(one: Found, other: Found, what: str, ours: Any, theirs: Any) -> Req
 
 def _told(value: Any) -> str:
     text = str(value)
-    return text[:12] if len(text) == 64 else text
+    return text[:12] if len(text) >= 40 and " " not in text else text
 
 
 def _require_one_setting(runs: Sequence[Found]) -> None:
@@ -129,6 +129,26 @@ def _precisions(runs: Sequence[Found]) -> list[str]:
     if len(found) < 2:
         return []
     return [f"runs were made in different precisions: {', '.join(sorted(map(str, found)))}"]
+
+
+def _training(
+    arms: Mapping[str, Sequence[Found]], declared: Mapping[str, Mapping[str, Any]]
+) -> list[str]:
+    """Differences in how arms train that none of them declares."""
+    firsts = [run for found in arms.values() for run in found[:1] if run.recipe]
+    told = []
+    for run in firsts[1:]:
+        meant = {key for name in (firsts[0].arm, run.arm) for key in declared.get(name, {})}
+        ours, theirs = (r.recipe.get("train", {}) for r in (firsts[0], run))
+        for key in ours:
+            if f"train.{key}" in (*ANY, *meant) or key in BUDGET:
+                continue
+            if ours[key] != theirs.get(key):
+                told.append(
+                    f'"{firsts[0].arm}" and "{run.arm}" also differ in train.{key}: {ours[key]} '
+                    f"and {theirs.get(key)}"
+                )
+    return told
 
 
 def _machines(runs: Sequence[Found]) -> list[str]:

@@ -96,10 +96,9 @@ def solve(
         if known[a] == known[b]:
             raise RequestError(f"the planned cost is {known[a]:.4g} for {a:g} and for {b:g}")
         tried = len(known)
-        following = at(a + (target - known[a]) * (b - a) / (known[b] - known[a]))
+        a, b = b, at(b + (target - known[b]) * (a - b) / (known[a] - known[b]))
         if len(known) == tried:
             break
-        a, b = sorted((a, b, following), key=lambda v: abs(known[v] - target))[:2]
     best = min(known, key=lambda v: abs(known[v] - target))
     return best, known[best]
 
@@ -110,14 +109,15 @@ def _at(recipe: Mapping[str, Any], match: Match) -> float:
         here = here.get(part) if isinstance(here, Mapping) else None
     if isinstance(here, bool) or not isinstance(here, int | float) or not here > 0:
         raise RequestError(f"match.key {match.key} must be a number above 0, it is {here!r}")
-    return here
+    value: float = here
+    return value
 
 
 def _cost(planned: Mapping[str, Any], unit: str) -> float:
     if unit == "flops":
         return float(planned["flops"]["spent"])
     if unit == "samples":
-        return float(planned["steps"]) * planned["samples_per_step"]
+        return float(planned["steps"] * planned["samples_per_step"])
     return float(planned[unit])
 
 
