@@ -204,7 +204,9 @@ def test_a_comparison_ends_at_the_look_that_decides(recipe, tmp_path):
 
 
 def test_an_undecided_look_goes_on(recipe, tmp_path):
-    launch = ForShow(lambda recipe: by_width(recipe) + 0.1 * (recipe.seed * recipe.task["width"] % 7))
+    launch = ForShow(
+        lambda recipe: by_width(recipe) + 0.1 * (recipe.seed * recipe.task["width"] % 7)
+    )
     found = run_comparison(asked(recipe(), tmp_path, seeds=4, looks=2), launch=launch)
     assert len(launch.names) == 8
     assert found.arm("wide").judgement.verdict == "undecided"
