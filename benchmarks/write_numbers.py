@@ -18,8 +18,9 @@ RECORDS = HERE / "records"
 PAGE = HERE.parent / "docs" / "numbers.md"
 HEAD = """# Numbers
 
-Every figure here is read from a record in `benchmarks/records/` by `python benchmarks/write_numbers.py`; do not edit this page. `make bench-NAME`
-runs the script of that name again and writes its record anew, `make numbers` this page. Times hold for the machine that is named with them.
+Every figure here is read from a record in `benchmarks/records/`, by `make numbers`; do not edit
+this page. `make bench-NAME` runs the script of that name again and writes its record anew. Times
+hold for the machine that is named with them.
 """
 WIDE = 14
 """A table with more columns than this is split up instead."""

@@ -20,6 +20,9 @@ from sparing.core.method import Method
 from sparing.run import declared
 from sparing.run.declared import Arm, Compared
 
+_ADAPTERS: dict[type[Any], TypeAdapter[Any]] = {}
+"""By dataclass: building one takes longer than using it."""
+
 
 @final
 @dataclass(frozen=True, kw_only=True)
@@ -233,9 +236,10 @@ def checked(kind: type[Any], given: Any, where: str) -> Any:
         raise RequestError(f"{path}: {first['msg']}, got {first['input']!r}") from None
 
 
-@functools.cache
 def _adapter(kind: type[Any]) -> TypeAdapter[Any]:
-    return TypeAdapter(kind)
+    if kind not in _ADAPTERS:
+        _ADAPTERS[kind] = TypeAdapter(kind)
+    return _ADAPTERS[kind]
 
 
 def _check_keys(kind: type[Any], given: Mapping[str, Any], where: str) -> None:

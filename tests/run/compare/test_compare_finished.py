@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 from arms_on_disk import MARGIN, VALUES, arms_on_disk, diverge, documents, edit, edit_recipe
@@ -189,7 +188,7 @@ def test_a_declared_budget_may_differ_and_other_training_is_told(tmp_path):
 def test_runs_of_one_arm_must_be_alike(tmp_path):
     arms = arms_on_disk(tmp_path)
     edit_recipe(arms["dense"][1], "  dim: 128", "  dim: 64")
-    with pytest.raises(RequestError, match='runs of the arm "dense" are not alike: .* task.dim'):
+    with pytest.raises(RequestError, match=r'runs of the arm "dense" are not alike: .* task.dim'):
         compared(arms)
     arms = arms_on_disk(tmp_path)
     edit(arms["dense"][1], seed=0)

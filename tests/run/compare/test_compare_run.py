@@ -136,7 +136,7 @@ def test_a_failed_run_is_told_and_tried_again(recipe, tmp_path):
 
 
 def test_nothing_finished_is_a_failure(recipe, tmp_path):
-    with pytest.raises(RunError, match="no run is finished.*the loss is not finite"):
+    with pytest.raises(RunError, match=r"no run is finished.*the loss is not finite"):
         run_comparison(asked(recipe(), tmp_path), launch=ForShow(lambda recipe: None))
 
 
@@ -358,7 +358,7 @@ def test_each_arm_gets_its_best_rate_on_other_data(recipe, tmp_path):
     assert tuning["note"] == "the best train.learning_rate is at the end of what was tried"
     assert [t["value"] is None for t in tuning["tried"]] == [True, False, False]
     page = (tmp_path / "out" / "compare.html").read_text()
-    assert "chosen with seed 1000: learning_rate 0.003, of learning_rate 0.001 2" in page
+    assert "chosen with seed 1000: learning_rate 0.003, of learning_rate 0.001 3.002; " in page
     assert "learning_rate 0.001 diverged" in page
     again = ForShow(by_rate)
     run_comparison(asked(recipe(compare=TUNED), tmp_path), launch=again)
