@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from sparing.core.state import atomic_write_json, atomic_write_text
@@ -84,5 +84,5 @@ class InProcess:
     def stop(self) -> None: ...
 
 
-def read(path: Any) -> Any:
-    return json.loads(open(os.fspath(path)).read())
+def read(path: Path) -> Any:
+    return json.loads(path.read_text())

@@ -264,7 +264,12 @@ class _Work:
             self.arms[planned.name] = dataclasses.replace(planned, why_not=why)
             return
         recipe = self.asked.load(source.overrides())
-        found = settled.settle(planned, self.asked, recipe, done, self._fixed())
+        try:
+            found = settled.settle(planned, self.asked, recipe, done, self._fixed())
+        except RequestError as error:  # the other arms have run by now, and go on
+            self.note(f"{planned.name}: {error}")
+            self.arms[planned.name] = dataclasses.replace(planned, why_not=str(error))
+            return
         self.settled.setdefault("arms", {})[planned.name] = found
         settled.write(self.asked.out, self.settled)
         self.arms[planned.name] = self._known(planned)

@@ -17,8 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, final
 
+import sparing
 from sparing.core.errors import RequestError
 
+_ROOT = Path(sparing.__file__).resolve().parents[1]
 PATIENCE = 5.0
 """Seconds in which runs of a comparison that was killed have ended."""
 
@@ -66,14 +68,17 @@ class Processes:
     def __call__(self, job: Job) -> str:
         """Make or finish the run, and wait for it."""
         job.log.parent.mkdir(parents=True, exist_ok=True)
-        threads = {"OMP_NUM_THREADS": str(job.threads)} if job.threads else {}
+        changed = {"OMP_NUM_THREADS": str(job.threads)} if job.threads else {}
+        # the same package as here, also where a relative path led to it
+        paths = (str(_ROOT), os.environ.get("PYTHONPATH", ""))
+        changed["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
         with job.log.open("ab") as log:
             process = subprocess.Popen(
                 [sys.executable, "-m", "sparing.run.compare.child"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
-                env={**os.environ, **threads},
+                env={**os.environ, **changed},
                 pass_fds=(self._lock,),  # the lock holds until the last run has ended
             )
         self._live.add(process)
