@@ -171,6 +171,7 @@ class _Run:
             self._restore()
         else:  # not before: a request that turned out wrong leaves nothing behind
             self.directory.write_recipe(self.recipe)
+        (self.directory.path / "diverged.json").unlink(missing_ok=True)
         self.directory.rewind(clock.step, steps)
         watch = self.recipe.watch
         every = {
