@@ -38,7 +38,8 @@ LOOKS = {"3, 6, 9": (3, 6, 9), "5, 10": (5, 10), "3, 5, 7, 9, 11": (3, 5, 7, 9, 
 NOTE = """The claims are decided by the simulation with 200,000 experiments. With 2,000 a rate near
 80 % has a Monte Carlo standard error of 0.9 points, so that some of the ten settings of
 power miss 1.5 points by chance ("beyond 1.5 points" counts them); the seed was not
-chosen to avoid that. Rates are shares of experiments; differences, spreads and margins are in margins.
+chosen to avoid that. Rates are shares of experiments; differences, spreads and margins are
+in margins.
 "claims" hold each rate against its nominal value. Two limits are attained only where they
 can be: a wrong "equivalent" comes with probability alpha at the margin if the spread is
 small against the margin; with a wide spread and few seeds two one-sided tests are
