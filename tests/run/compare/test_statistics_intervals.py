@@ -87,17 +87,31 @@ def bootstrap(d: np.ndarray, resamples: int = 40_000, level: float = 0.95):
 
 
 @pytest.mark.parametrize("n", [9, 30])
-def test_the_bootstrap_over_seeds_is_scipys(n):
+def test_the_bootstrap_over_seeds_is_scipys_at_the_expanded_level(n):
     d = np.exp(drawn(n, seed=n))  # skewed, so that the corrections matter
-    found = bootstrap(d)
+    found = bootstrap(d, level=0.9)
+    reach = stats.t.ppf(0.95, n - 1) * math.sqrt(n / (n - 1))
     wanted = stats.bootstrap(
-        (d,), np.mean, n_resamples=40_000, method="BCa", rng=np.random.default_rng(6)
+        (d,),
+        np.mean,
+        n_resamples=40_000,
+        method="BCa",
+        confidence_level=2 * stats.norm.cdf(reach) - 1,
+        rng=np.random.default_rng(6),
     ).confidence_interval
     width = wanted.high - wanted.low
     assert (found.low, found.high) == pytest.approx((wanted.low, wanted.high), abs=0.02 * width)
-    # without the corrections the interval would be another one
-    plain = np.quantile(d[np.random.default_rng(1).integers(n, size=(40_000, n))].mean(1), 0.975)
-    assert found.high > plain + 0.02 * width
+    # without the corrections for bias and skew it would be another interval
+    plain = d[np.random.default_rng(1).integers(n, size=(40_000, n))].mean(1)
+    assert found.high > np.quantile(plain, stats.norm.cdf(reach)) + 0.02 * width
+
+
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_the_bootstrap_stays_within_the_differences_at_any_level(sign):
+    d = sign * np.array([0.0, 0.0, 1.0])
+    found = bootstrap(d, resamples=1000, level=0.9999)
+    assert d.min() <= found.low <= found.estimate <= found.high <= d.max()
+    assert (found.high if sign > 0 else found.low) == sign
 
 
 def test_the_bootstrap_repeats_and_takes_the_smallest_inputs():
@@ -120,8 +134,9 @@ def test_the_bootstrap_over_documents_is_the_plain_one():
     for _ in range(8000):
         rows = picks.integers(6, size=6)
         first, second = picks.integers(20, size=20), 20 + picks.integers(10, size=10)
-        d = (arm - baseline)[rows]
-        values.append((d[:, first].mean() + d[:, second].mean()) / 2)
+        d = arm - baseline
+        d = d.mean(0) + math.sqrt(6 / 5) * (d[rows].mean(0) - d.mean(0))
+        values.append((d[first].mean() + d[second].mean()) / 2)
     low, high = np.quantile(values, [0.05, 0.95])
     assert (found.low, found.high) == pytest.approx((low, high), abs=0.02 * (high - low))
     halves = [(arm - baseline)[:, part].mean() for part in (slice(0, 20), slice(20, 30))]

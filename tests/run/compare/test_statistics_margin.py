@@ -3,7 +3,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparing.core.errors import RequestError
@@ -88,6 +88,7 @@ def test_a_margin_without_zero_inside_is_refused(low, high):
         Margin(low=low, high=high, unit="loss", relative=False)
 
 
+@settings(deadline=None)
 @given(
     st.sampled_from(["±", "+", "-"]),
     st.floats(1e-9, 1e9).map(lambda x: float(f"{x:g}")),
@@ -102,6 +103,7 @@ def test_a_lopsided_margin_prints_both_sides():
     assert str(Margin(low=-0.01, high=0.02, unit="loss", relative=False)) == "-0.01 to +0.02 loss"
 
 
+@settings(deadline=None)
 @given(st.text(max_size=20))
 def test_any_text_is_read_or_refused(text):
     try:

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from sparing.core.errors import RequestError
-from sparing.run.compare.distributions import Floats, normal_below, normal_quantile
+from sparing.run.compare.distributions import (
+    Floats,
+    normal_below,
+    normal_quantile,
+    t_quantile,
+)
 from sparing.run.compare.intervals import Interval
 
 FEW_SEEDS = 8
@@ -18,9 +25,13 @@ _CHUNK = 1 << 20
 def seeds_bootstrap(
     differences: Floats, level: float, *, resamples: int, generator: np.random.Generator
 ) -> Interval:
-    """The BCa bootstrap interval of the mean of paired ``differences``, (n,) with n >= 2.
+    """The expanded BCa bootstrap interval of the mean of ``differences``, (n,) with n >= 2.
 
-    Source: Efron & Tibshirani 1993, An Introduction to the Bootstrap, eq. 14.9 to 14.15.
+    A plain bootstrap over few seeds is far too narrow: resamples vary by n rather than n - 1,
+    and their spread is taken for the true one. So the normal quantile is widened to Student's t
+    times sqrt(n / (n - 1)). An interval still cannot leave the range of the differences.
+    Sources: Efron & Tibshirani 1993, An Introduction to the Bootstrap, eq. 14.9 to 14.15;
+    Hesterberg 2015 (Am. Stat. 69) on expanded percentile intervals.
     """
     n = len(differences)
     mean = float(differences.mean())
@@ -42,10 +53,8 @@ def seeds_bootstrap(
     if squares > near**2:
         # The jackknife's deviations are the centred values over n - 1; the factors cancel.
         acceleration = float((centred**3).sum()) / (6.0 * squares**1.5)
-    ends = []
-    for z in (normal_quantile(0.5 - level / 2.0), normal_quantile(0.5 + level / 2.0)):
-        moved = bias + z
-        ends.append(float(normal_below(bias + moved / (1.0 - acceleration * moved))))
+    reach = t_quantile(0.5 + level / 2.0, n - 1) * math.sqrt(n / (n - 1))
+    ends = [_end(bias, z, acceleration) for z in (-reach, reach)]
     low, high = np.quantile(means, ends)
     return Interval(
         estimate=mean,
@@ -54,6 +63,14 @@ def seeds_bootstrap(
         level=level,
         method="bootstrap over seeds",
     )
+
+
+def _end(bias: float, z: float, acceleration: float) -> float:
+    """Which share of the resamples lies below the interval's end for the normal quantile ``z``."""
+    moved = bias + z
+    if acceleration * moved >= 1.0:
+        return float(moved > 0.0)  # the limit, which only a level near 1 with few seeds reaches
+    return float(normal_below(bias + moved / (1.0 - acceleration * moved)))
 
 
 def documents_bootstrap(
@@ -72,7 +89,8 @@ def documents_bootstrap(
     over domains of the mean over their documents. Each resample draws seeds with replacement,
     and documents with replacement within each domain, the same documents for every seed and
     both arms: seeds and documents are crossed, as in Owen 2007 (Ann. Appl. Stat. 1, the
-    pigeonhole bootstrap).
+    pigeonhole bootstrap). The seeds' shares are spread by sqrt(S / (S - 1)), since resamples of
+    few seeds vary too little.
 
     Raises:
         RequestError: shapes that do not fit, no documents, or a value that is not finite.
@@ -81,9 +99,11 @@ def documents_bootstrap(
     difference = arm - baseline  # (S, D)
     seeds, total = difference.shape
     groups = [np.flatnonzero(labels == label) for label in np.unique(labels)]
+    widened = math.sqrt(seeds / max(seeds - 1, 1))
     found = []
     for size in _chunks(resamples, total):
-        of_seeds = _shares(generator, seeds, size)  # (B, S)
+        even = 1.0 / seeds
+        of_seeds = even + widened * (_shares(generator, seeds, size) - even)  # (B, S)
         value = np.zeros(size)
         for columns in groups:
             of_documents = _shares(generator, len(columns), size)  # (B, D of the domain)
