@@ -5,27 +5,23 @@ from __future__ import annotations
 import dataclasses
 import shlex
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 from pathlib import Path
 from statistics import mean
 from typing import Any, final
 
-from sparing.core import registry
-from sparing.core.checks import require_number, require_whole
 from sparing.core.errors import RequestError
 from sparing.core.state import atomic_write_json
 from sparing.run.compare import settled, tune
-from sparing.run.compare.arms import Asked, Planned, choose
+from sparing.run.compare.arms import Asked, Planned
 from sparing.run.compare.finished import STATE, Comparison, judged
 from sparing.run.compare.found import Found, find, read_json
+from sparing.run.compare.request import checked, chunks_of
 from sparing.run.compare.same import first_difference
-from sparing.run.compare.statistics import parse_margin
 from sparing.run.compare.work import Job, Launch, Pool, Processes, locked
 from sparing.run.declared import Compared
 from sparing.run.estimate import seconds as estimated_seconds
 
 PAGE = "compare.html"
-ASIDE = f".{STATE}.writing"
 Note = Callable[[str], None]
 
 
@@ -41,34 +37,7 @@ def run_comparison(
         RequestError: the request is wrong, the directory holds something else, or another
             comparison is at work there. Nothing has been run then.
     """
-    require_whole("seeds", asked.seeds, 1)
-    require_whole("jobs", asked.jobs, 1)
-    require_whole("looks", asked.looks, 1)
-    require_number("level", asked.level, 0.5, 1)
-    if asked.looks > asked.seeds:
-        raise RequestError(f"looks must be at most seeds ({asked.seeds}), got {asked.looks}")
-    if asked.budget is not None:
-        require_number("budget", asked.budget, 0)
-    arms, compared = choose(asked)
-    kind = registry.task(asked.load().task["name"])
-    if compared.margin is None:
-        raise RequestError(
-            "say how large a difference from the baseline would not matter, by --margin, such as "
-            f'"+-0.02 {kind.metric}"'
-        )
-    parse_margin(compared.margin, kind.metric, kind.higher_is_better)
-    for planned in arms:  # every arm is a right recipe before the first is run
-        if planned.of is None:
-            planned.load(asked)
-    if asked.out.exists() and not asked.out.is_dir():
-        raise RequestError(f"{asked.out} is not a directory; choose another by --out")
-    if asked.out.is_dir() and not (asked.out / STATE).is_file():
-        others = [e.name for e in asked.out.iterdir() if e.name not in (".lock", ASIDE)]
-        if others:
-            raise RequestError(
-                f"{asked.out} is not empty and holds no comparison; choose another directory by "
-                "--out"
-            )
+    arms, compared = checked(asked)
     with locked(asked.out) as lock:
         work = _Work(asked, arms, compared, launch or Processes(lock), note)
         work.go()
@@ -206,7 +175,7 @@ class _Work:
         independent = [p for p in self.arms.values() if p.waits_for is None]
         self._tune(independent)
         waiting = [p for p in self.arms.values() if not self._is_settled(p)]
-        chunks = _chunks(self.seeds, self.asked.looks)
+        chunks = chunks_of(self.seeds, self.asked.looks)
         if waiting:
             sources = {p.waits_for for p in waiting}
             first = chunks[0][: self._affordable()]
@@ -427,9 +396,3 @@ class _Work:
         except RequestError as error:  # the comparison is whole without its page
             self.note(f"no page was written: {error}")
         return comparison
-
-
-def _chunks(seeds: list[int], looks: int) -> list[list[int]]:
-    """Seeds in ``looks`` blocks whose sizes differ by one at most."""
-    cuts = [round(i * len(seeds) / looks) for i in range(looks + 1)]
-    return [seeds[a:b] for a, b in pairwise(cuts)]
