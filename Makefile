@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test test-all bench lint types tests clean
+.PHONY: demo test test-all bench numbers lint types tests clean
 
 # torch comes first and alone, so that no other package's range can choose its build
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -40,6 +40,14 @@ test-all: lint types
 # every benchmark, an hour and more: each writes its record into benchmarks/records
 bench: $(VENV)/.dev
 	for script in benchmarks/[a-z]*_*.py; do $(BIN)/python $$script || exit 1; done
+
+# one of them: make bench-experts-speed runs benchmarks/experts_speed.py
+bench-%: $(VENV)/.dev
+	$(BIN)/python benchmarks/$(subst -,_,$*).py
+
+# docs/numbers.md from benchmarks/records
+numbers: $(VENV)/.dev
+	$(BIN)/python benchmarks/write_numbers.py
 
 clean:
 	rm -rf $(VENV) dist

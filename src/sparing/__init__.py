@@ -36,11 +36,14 @@ if TYPE_CHECKING:
     from sparing.experts.top_k import TopK as TopK
     from sparing.experts.top_p import TopP as TopP
     from sparing.hosts.session import Session as Session
+    from sparing.run.compare.finished import Comparison as Comparison
+    from sparing.run.compare.finished import compare as compare
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "Clock": "core.clock",
+    "Comparison": "run.compare.finished",
     "Context": "core.method",
     "ExpertChoice": "experts.expert_choice",
     "ExpertController": "experts.controller",
@@ -61,6 +64,7 @@ _HOMES = {
     "TopAny": "experts.top_any",
     "TopK": "experts.top_k",
     "TopP": "experts.top_p",
+    "compare": "run.compare.finished",
     "load": "experts.storage",
     "moefy_": "experts.moefy",
     "observe": "experts.statistics",
@@ -71,6 +75,7 @@ _HOMES = {
 
 __all__ = [
     "Clock",
+    "Comparison",
     "Context",
     "ExpertChoice",
     "ExpertController",
@@ -92,6 +97,7 @@ __all__ = [
     "TopK",
     "TopP",
     "__version__",
+    "compare",
     "load",
     "moefy_",
     "observe",

@@ -194,7 +194,8 @@ def test_plan_spends_and_writes_nothing(smoke_run):
     lines = words.stdout.splitlines()
     assert [line.split()[0] for line in lines[1:4]] == ["data", "budget", "model"]
     assert "model.layers.0.mlp: feed-forward block becomes " in words.stdout
-    assert lines[-1].startswith("compute     about ")
+    assert lines[-2].startswith("compute     about ")
+    assert lines[-1].startswith("time        about ")
     assert list(Path().iterdir()) == []
 
 

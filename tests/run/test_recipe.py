@@ -217,3 +217,31 @@ def test_python_users_are_told_the_same():
         Watch(checkpoint=2)
     with pytest.raises(RequestError, match=r'unknown key in recipe "tsk"; did you mean "task"\?'):
         resolve({**LEAST, "tsk": 1})
+
+
+# ---- presets, and what is for comparisons --------------------------------------------------------
+
+
+def test_a_preset_comes_before_smoke_and_overrides():
+    assert load("language-dynmoe", preset="explore", smoke=False).train.tokens == 2_700_000
+    assert load("language-dynmoe", preset="explore", smoke=True).train.tokens == 16_384
+    chosen = load("language-dynmoe", ["train.tokens=5000"], preset="explore", smoke=False)
+    assert chosen.train.tokens == 5000
+    with pytest.raises(RequestError, match=r'unknown preset "explor"; did you mean "explore"'):
+        load("language-dynmoe", preset="explor")
+
+
+def test_a_run_is_made_of_the_recipe_without_its_arms():
+    recipe = load("language-dynmoe", smoke=False)
+    assert recipe.arms["dense"].match is not None
+    assert recipe.compare is not None
+    alone = recipe.alone()
+    assert not {"arms", "compare", "presets"} & set(alone.to_dict())
+    assert resolve(alone.to_dict()) == alone
+    assert resolve(recipe.to_dict()) == recipe
+
+
+def test_an_override_in_yaml_keeps_numbers():
+    rates = '{"*embed*": 3e-2}'
+    recipe = load("language-dynmoe", [f"train.rates={rates}"], smoke=False)
+    assert recipe.train.rates == {"*embed*": 0.03}

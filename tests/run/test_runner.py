@@ -40,6 +40,7 @@ FILES = {
     "summary.json",
     "page.json",
     "report.html",
+    "documents.safetensors",
     "checkpoint",
     "model",
 }
@@ -138,6 +139,9 @@ def test_every_recipe_runs_in_its_smoke_form(name, smoke_run):
     assert summary["recipe"] == name
     assert set(summary["metric"]) == {"name", "value", "higher_is_better"}
     assert math.isfinite(summary["metric"]["value"])
+    documents = load_file(path / "documents.safetensors")
+    means = [float(each.mean()) for each in documents.values()]
+    assert sum(means) / len(means) == pytest.approx(summary["metric"]["value"], abs=1e-9)
     assert set(summary["environment"]) >= {"python", "torch", "device", "threads"}
     assert re.fullmatch("[0-9a-f]{64}", summary["code"])
     assert re.fullmatch("[0-9a-f]{64}", summary["corpus"])

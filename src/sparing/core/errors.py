@@ -24,6 +24,10 @@ class RunError(SparingError, RuntimeError):
     exit_code = 1
 
 
+class DivergedError(RunError):
+    """Training left the finite numbers; the same run would do so again (exit code 1)."""
+
+
 def nearest(name: str, choices: Iterable[str]) -> str:
     """A sentence that names the nearest choice and lists all: ``did you mean "k"? Known: j, k``."""
     known = sorted(choices)

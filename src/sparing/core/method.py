@@ -149,6 +149,18 @@ class Method(abc.ABC):
     def from_dict(cls, options: Mapping[str, Any]) -> Self:
         return cls(**dict(options))
 
+    @classmethod
+    def at_random(
+        cls, options: Mapping[str, Any], signals: Mapping[str, Any]
+    ) -> dict[str, dict[str, Any]] | None:
+        """The methods that spend the same with nothing chosen: {name in the registry: options}.
+
+        ``options`` are this method's, resolved, ``signals`` what it reported at the end of a run.
+        A comparison generates an arm from it, so that a choice is measured against chance at the
+        same cost. None if this method chooses nothing that chance could choose instead.
+        """
+        return None
+
     # ---- what attaching tells the method; direct users pass the same by keyword -------------
 
     def bind(

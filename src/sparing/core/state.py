@@ -17,13 +17,14 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, final
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from sparing.core.errors import RunError
 from sparing.core.tree import decode, encode
@@ -208,6 +209,22 @@ def atomic_write_text(path: str | Path, text: str) -> None:
 def atomic_write_json(path: str | Path, value: Any) -> None:
     """``atomic_write_text`` of a plain JSON value; ValueError for NaN and infinities."""
     atomic_write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def atomic_save(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write one safetensors file of named tensors, as ``atomic_write_text`` writes text."""
+    path = Path(path)
+    with _writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = _aside(path)
+        try:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside)
+            _flush(aside)
+            os.replace(aside, path)
+        except BaseException:
+            aside.unlink(missing_ok=True)
+            raise
+        _flush(path.parent)
 
 
 def _aside(path: Path) -> Path:

@@ -20,7 +20,13 @@ class Samples(Protocol):
 
 @runtime_checkable
 class Task(Protocol):
-    """Constructed from the recipe's options; ``prepare`` loads the data and is called once."""
+    """Constructed from the recipe's options; ``prepare`` loads the data and is called once.
+
+    Two more are optional. ``evaluation``, a tuple of option names: those that decide data and
+    evaluation, which the arms of a comparison must share. ``documents(model)``, {domain: (n,)
+    float64 Tensor}: the metric of each held-out document, whose mean over a domain's documents,
+    then over domains, is the metric; comparisons resample them.
+    """
 
     name: ClassVar[str]
     Options: ClassVar[type[Any]]

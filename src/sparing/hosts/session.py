@@ -28,7 +28,7 @@ from torch.utils.data import default_collate
 from sparing.core import flops, ranks
 from sparing.core.checks import require_whole
 from sparing.core.clock import Clock
-from sparing.core.errors import RequestError, RunError
+from sparing.core.errors import DivergedError, RequestError, RunError
 from sparing.core.ledger import Ledger
 from sparing.core.method import Context, Method, Plan, Setup, arrange, combine, implements
 from sparing.core.random_state import random_state, set_random_state_
@@ -206,15 +206,17 @@ class Session:
         """Backward, and at the end of an accumulation the optimizer step and all that follows.
 
         ``losses``: (B,), one for each sample. Returns their unweighted mean on this rank. Raises
-        RunError if it is not finite, nor what the methods make of it, nor the norm of gradients
-        that are to be clipped; the optimizer has not been touched then.
+        DivergedError if it is not finite, nor what the methods make of it, nor the norm of
+        gradients that are to be clipped; the optimizer has not been touched then.
         """
         mean = float(losses.detach().mean())
         if not math.isfinite(mean):
-            raise RunError(self._diagnosis("the loss", losses, context))
+            raise DivergedError(self._diagnosis("the loss", losses, context))
         loss = self.loss(losses, context, outputs)
         if not math.isfinite(float(loss.detach())):
-            raise RunError(self._diagnosis("the loss with the methods' terms", losses, context))
+            raise DivergedError(
+                self._diagnosis("the loss with the methods' terms", losses, context)
+            )
         total = loading.count(len(self._current_plan), self.batch_size, self._world)
         first = self._done - self._done % self.accumulate
         parts = min(self.accumulate, total - first)
@@ -413,7 +415,7 @@ class Session:
         if self.clip is not None:
             norm = torch.nn.utils.clip_grad_norm_(self.unwrapped.parameters(), self.clip)
             if not math.isfinite(float(norm)):  # a step with it would make every weight NaN
-                raise RunError(self._diagnosis("the gradient", losses, context))
+                raise DivergedError(self._diagnosis("the gradient", losses, context))
         if self._schedule is not None:
             factor = self._schedule(self.clock.fraction)
             for group in optimizer.param_groups:

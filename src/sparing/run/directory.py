@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, final
 
 import yaml
+from torch import Tensor
 
 from sparing.core.errors import RequestError
-from sparing.core.state import Checkpoints, atomic_write_json, atomic_write_text
+from sparing.core.state import (
+    Checkpoints,
+    atomic_save,
+    atomic_write_json,
+    atomic_write_text,
+)
 from sparing.run.recipe import Recipe, difference, resolve
 
 
 @final
 class RunDirectory:
-    """recipe.yaml, metrics.jsonl, summary.json, page.json, report.html, checkpoint/, model/."""
+    """recipe.yaml, metrics.jsonl, summary.json, page.json, report.html, checkpoint/, model/.
+
+    documents.safetensors, the metric of each held-out document by domain, where the task has
+    documents; diverged.json where training left the finite numbers.
+    """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -107,6 +117,10 @@ class RunDirectory:
     def write_json(self, name: str, value: Any) -> None:
         """Write one of the JSON files."""
         atomic_write_json(self.path / name, value)
+
+    def write_documents(self, scores: Mapping[str, Tensor]) -> None:
+        """Write the metric of each held-out document, by domain."""
+        atomic_save(self.path / "documents.safetensors", scores)
 
 
 def free_path(base: Path) -> Path:

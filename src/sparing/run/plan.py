@@ -49,6 +49,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
         "samples": len(task.train),
         "corpus": task.fingerprint,
         "steps": steps,
+        "samples_per_step": train.batch_size * train.accumulate,
         "tokens": tokens,
         "epochs": steps * train.batch_size * train.accumulate / length,
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -75,4 +76,10 @@ def lines(planned: dict[str, Any]) -> list[str]:
         f"compute     about {human(spent, 'flops')} of {human(dense, 'flops')} dense "
         f"({spent / dense:.0%}), forward and backward"
     )
+    if "seconds" in planned:
+        total = planned["seconds"]["total"]
+        told.append(
+            f"time        about {total / 60:.1f} minutes here, by {planned['seconds']['step']:.3f} "
+            "s a step as just timed"
+        )
     return told

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import functools
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, final, get_args, get_type_hints
+from typing import Any, Literal, final, get_args, get_origin, get_type_hints
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -16,6 +17,11 @@ from pydantic import TypeAdapter, ValidationError
 from sparing.core import registry
 from sparing.core.errors import RequestError, nearest, unknown
 from sparing.core.method import Method
+from sparing.run import declared
+from sparing.run.declared import Arm, Compared
+
+_ADAPTERS: dict[type[Any], TypeAdapter[Any]] = {}
+"""By dataclass: building one takes longer than using it."""
 
 
 @final
@@ -94,7 +100,8 @@ class Recipe:
     """A recipe, resolved: nothing in it depends on a default that is elsewhere.
 
     task: name of the task and its options; methods: options by method name; smoke: overrides that
-    make a run of seconds, for tests; needs: the extras that it imports.
+    make a run of seconds, for tests; needs: the extras that it imports; arms, compare: what
+    ``sparing compare`` runs; presets: overrides by name, such as a smaller budget.
     """
 
     name: str
@@ -106,10 +113,18 @@ class Recipe:
     seed: int = 0
     needs: tuple[str, ...] = ()
     smoke: dict[str, Any] = field(default_factory=dict)
+    presets: dict[str, dict[str, Any]] = field(default_factory=dict)
+    arms: dict[str, Arm] = field(default_factory=dict)
+    compare: Compared | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**32:
             raise RequestError(f"seed must be in [0, 2**32), got {self.seed}")
+        declared.check(self.arms, self.compare)
+
+    def alone(self) -> Recipe:
+        """Without what is for comparisons and presets: what one run is made of."""
+        return replace(self, presets={}, arms={}, compare=None)
 
     def build_methods(self) -> list[Method]:
         """The recipe's methods, constructed."""
@@ -123,6 +138,9 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """Plain data, the same after a round trip through YAML."""
         plain: dict[str, Any] = _plain(asdict(self))
+        for name in ("presets", "arms", "compare"):  # most recipes have none, and no run has
+            if not plain[name]:
+                del plain[name]
         return plain
 
     def to_yaml(self) -> str:
@@ -140,18 +158,32 @@ def available() -> dict[str, str]:
     return found
 
 
-def load(source: str, overrides: Iterable[str] = (), *, smoke: bool | None = None) -> Recipe:
+def load(
+    source: str,
+    overrides: Iterable[str] = (),
+    *,
+    preset: str | None = None,
+    smoke: bool | None = None,
+) -> Recipe:
     """A recipe by name or by the path of a YAML file, with ``key=value`` overrides.
 
-    smoke: apply the recipe's smoke settings first; default: if SPARING_SMOKE=1 is set. Raises
-    RequestError for everything that is wrong, naming the nearest right name.
+    Applied in this order: the preset of that name, the recipe's smoke settings if ``smoke``
+    (default: if SPARING_SMOKE=1 is set), the overrides. Raises RequestError for everything that
+    is wrong, naming the nearest right name.
     """
     body = _read(source)
     if smoke is None:
         smoke = os.environ.get("SPARING_SMOKE", "") == "1"
-    if smoke:
-        for key, value in _mapping(body, "smoke").items():
-            _set(body, str(key), value)
+    applied: list[Mapping[str, Any]] = []
+    if preset is not None:
+        presets = _mapping(body, "presets")
+        if preset not in presets:
+            raise unknown("preset", preset, map(str, presets))
+        applied.append(_mapping(presets, preset))
+    applied += [_mapping(body, "smoke")] if smoke else []
+    for settings in applied:
+        for key, value in settings.items():
+            _set(body, str(key), copy.deepcopy(value))
     for override in overrides:
         key, sign, text = override.partition("=")
         if not sign or not key:
@@ -160,7 +192,7 @@ def load(source: str, overrides: Iterable[str] = (), *, smoke: bool | None = Non
             value = yaml.safe_load(text)
         except yaml.YAMLError as error:
             raise RequestError(f'the value of "{override}" is not YAML: {error}') from None
-        _set(body, key, _number(value))
+        _set(body, key, _numbers(value))
     return resolve(body)
 
 
@@ -194,7 +226,7 @@ def checked(kind: type[Any], given: Any, where: str) -> Any:
         raise RequestError(f"{where} must be a mapping of options, got {given!r}")
     _check_keys(kind, given, where)
     try:
-        return TypeAdapter(kind).validate_python(dict(given))
+        return _adapter(kind).validate_python(dict(given))
     except ValidationError as error:
         first = error.errors()[0]
         cause = first.get("ctx", {}).get("error")
@@ -204,17 +236,28 @@ def checked(kind: type[Any], given: Any, where: str) -> Any:
         raise RequestError(f"{path}: {first['msg']}, got {first['input']!r}") from None
 
 
+def _adapter(kind: type[Any]) -> TypeAdapter[Any]:
+    if kind not in _ADAPTERS:
+        _ADAPTERS[kind] = TypeAdapter(kind)
+    return _ADAPTERS[kind]
+
+
 def _check_keys(kind: type[Any], given: Mapping[str, Any], where: str) -> None:
     known = [f.name for f in fields(kind)]
     hints = get_type_hints(kind)
     for key, value in given.items():
         if key not in known:
             raise unknown(f"key in {where}", str(key), known)
-        # the annotation is a dataclass, or one or None
+        # the annotation is a dataclass, or one or None, or a mapping to some
         parts = (hints[key], *get_args(hints[key]))
         nested = [part for part in parts if isinstance(part, type) and is_dataclass(part)]
-        if nested and isinstance(value, Mapping):
-            _check_keys(nested[0], value, f"{where}.{key}")
+        if not nested or not isinstance(value, Mapping):
+            continue
+        of_many = get_origin(hints[key]) is dict
+        inside = value if of_many else {"": value}
+        for name, one in inside.items():
+            if isinstance(one, Mapping):
+                _check_keys(nested[0], one, f"{where}.{key}" + f".{name}" * of_many)
 
 
 def _mapping(body: Mapping[str, Any], key: str) -> Mapping[str, Any]:
@@ -259,7 +302,7 @@ def _read(source: str) -> dict[str, Any]:
         text = resources.files("sparing.recipes").joinpath(f"{source}.yaml").read_text("utf-8")
         name = source
     try:
-        body = yaml.safe_load(text)
+        body = _parsed(text)
     except yaml.YAMLError as error:
         raise RequestError(f"{source} is not YAML: {error}") from None
     if not isinstance(body, dict):
@@ -267,6 +310,12 @@ def _read(source: str) -> dict[str, Any]:
     body = _numbers(body)
     body.setdefault("name", name)
     return copy.deepcopy(body)
+
+
+@functools.lru_cache(32)
+def _parsed(text: str) -> Any:
+    """YAML is slow to read, and a comparison loads its recipe often; callers copy it."""
+    return yaml.safe_load(text)
 
 
 def _set(body: dict[str, Any], key: str, value: Any) -> None:

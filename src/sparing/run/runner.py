@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from sparing.core.errors import RequestError, RunError, SparingError
+from sparing.core.errors import DivergedError, RequestError, RunError, SparingError
 from sparing.core.random_state import random_state, set_random_state_
 from sparing.hosts.session import Session
 from sparing.run import record
@@ -77,10 +77,25 @@ def run(
     directory = RunDirectory(out)
     if recipe.train.threads is not None:
         torch.set_num_threads(recipe.train.threads)
-    recipe = directory.claim(recipe, resume=resume)
+    recipe = directory.claim(recipe.alone(), resume=resume)
     with _seeded(recipe.seed), closing(directory):
         whole = _Run(recipe, directory, display or Quiet(), resume=resume)
         return whole.go(page=page, command=command or f"sparing run {recipe.name}")
+
+
+@contextmanager
+def rehearsal(recipe: Recipe) -> Iterator[tuple[Any, Session]]:
+    """The task and the session that ``run`` would use, to be thrown away; nothing is written."""
+    check_extras(recipe)
+    with _seeded(recipe.seed):
+        whole = _Run(recipe.alone(), RunDirectory("."), Quiet(), resume=False)
+        yield whole.task, whole.session
+
+
+def chosen_precision(recipe: Recipe) -> str:
+    """What ``precision: auto`` comes to on this machine, by a probe of the recipe's model."""
+    with rehearsal(recipe) as (_, session):
+        return session.precision
 
 
 @contextmanager
@@ -156,6 +171,7 @@ class _Run:
             self._restore()
         else:  # not before: a request that turned out wrong leaves nothing behind
             self.directory.write_recipe(self.recipe)
+        (self.directory.path / "diverged.json").unlink(missing_ok=True)
         self.directory.rewind(clock.step, steps)
         watch = self.recipe.watch
         every = {
@@ -180,7 +196,10 @@ class _Run:
                 if clock.step % every["checkpoint"] == 0:
                     self._save()
         except RunError as error:
-            raise RunError(f"{error}. {self._kept()}") from error
+            if isinstance(error, DivergedError):  # so that nobody runs it again in vain
+                told = {"format": 1, "step": clock.step + 1, "why": str(error), "code": self.code}
+                self.directory.write_json("diverged.json", told)
+            raise type(error)(f"{error}. {self._kept()}") from error
         finally:
             self.display.stop()
         self.seconds = before + time.monotonic() - begun
@@ -286,6 +305,8 @@ class _Run:
         session, task = self.session, self.task
         self.display.note("writing the model, the summary and the page")
         with session.evaluating() as model:
+            if hasattr(task, "documents"):
+                self.directory.write_documents(task.documents(model))
             shown = task.page(model, self.recipe.seed)
             for method in session.methods:
                 method.export(model, self.directory.path / "model")

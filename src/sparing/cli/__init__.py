@@ -1,0 +1,13 @@
+"""The command line. Progress goes to stderr, results to stdout."""
+
+from __future__ import annotations
+
+from sparing.cli import catalogue, compare, runs
+from sparing.cli.common import app
+
+__all__ = ["app", "catalogue", "compare", "main", "runs"]
+
+
+def main() -> None:
+    """The console script."""
+    app()

@@ -1,0 +1,48 @@
+"""What all commands share: the application, common options, errors, output."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import typer
+
+from sparing.core.errors import SparingError
+
+app = typer.Typer(
+    name="sparing",
+    help="Train PyTorch models for less, with an account of what was saved.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Name = Annotated[str, typer.Argument(help="A recipe's name (sparing ls) or a YAML file.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("-s", "--set", metavar="KEY=VALUE", help="Override a key of the recipe."),
+]
+Preset = Annotated[
+    str | None, typer.Option(metavar="NAME", help="One of the recipe's named sets of overrides.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout.")]
+
+
+@contextmanager
+def told(again: str = "the same command and --resume") -> Iterator[None]:
+    """Errors that are ours end in one message and the exit code of their kind."""
+    try:
+        yield
+    except SparingError as error:
+        typer.secho(f"error: {error}", fg="red", err=True)
+        raise typer.Exit(error.exit_code) from None
+    except KeyboardInterrupt:
+        typer.echo(f"interrupted; go on with {again}", err=True)
+        raise typer.Exit(1) from None
+
+
+def show(value: Any, as_json: bool, lines: Callable[[], list[str]]) -> None:
+    """Print the value as JSON, or its lines."""
+    typer.echo(json.dumps(value, indent=1) if as_json else "\n".join(lines()))
