@@ -83,6 +83,7 @@ class HashExperts(RoutedExperts):
     """Each token takes the experts that a hash of its id names: nothing is learned."""
 
     name: ClassVar[str] = "hash"
+    chooses: ClassVar[bool] = False
     Options = HashExpertsOptions
 
     @property

@@ -90,6 +90,8 @@ def nested(name: str, value: Any, kind: type[Chosen]) -> Chosen:
 class RoutedExperts(Method, abc.ABC):
     """Abstract: replaces feed-forward blocks by expert layers and looks after them."""
 
+    chooses: ClassVar[bool] = True
+    """Whether anything is chosen: what already routes by chance has no random counterpart."""
     loss_stage: ClassVar[Literal["sample", "weight", "batch"]] = "batch"
     causal: ClassVar[bool] = True
     """Whether a token's routing in training is independent of the other tokens of the batch."""
@@ -128,6 +130,18 @@ class RoutedExperts(Method, abc.ABC):
     @abc.abstractmethod
     def expected_k(self) -> float:
         """Experts per token to plan with."""
+
+    @classmethod
+    def at_random(
+        cls, options: Mapping[str, Any], signals: Mapping[str, Any]
+    ) -> dict[str, dict[str, Any]] | None:
+        """Random routing over as many experts of the same size, as many of them for each token."""
+        if not cls.chooses:
+            return None
+        method = cls(**options)
+        k = float(signals.get("mean_k", method.expected_k))
+        kept = {f.name: getattr(method.options, f.name) for f in fields(ExpertOptions)}
+        return {"random": {"experts": method.slots, "k": min(k, float(method.slots)), **kept}}
 
     def prepare(self, model: nn.Module, setup: Setup) -> nn.Module:
         from sparing.experts.moefy import moefy_

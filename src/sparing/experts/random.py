@@ -106,6 +106,7 @@ class RandomExperts(RoutedExperts):
     """Each token takes random experts, in any mean number: the control at equal cost."""
 
     name: ClassVar[str] = "random"
+    chooses: ClassVar[bool] = False
     Options = RandomExpertsOptions
 
     @property

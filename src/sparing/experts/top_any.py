@@ -8,9 +8,8 @@ passes the expert's own threshold. ``published=True`` is the rule of the release
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, final
+from typing import ClassVar, Literal, final
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +19,6 @@ from sparing.core.checks import require_number, require_whole
 from sparing.core.errors import RequestError
 from sparing.core.recompute import recomputing
 from sparing.experts import losses
-from sparing.experts.at_random import random_experts
 from sparing.experts.calibration import batch_quantile
 from sparing.experts.controller import ControllerOptions
 from sparing.experts.gates import open_gates
@@ -322,13 +320,6 @@ class TopAny(RoutedExperts):
 
     name: ClassVar[str] = "dynmoe"
     Options = TopAnyOptions
-
-    @classmethod
-    def at_random(
-        cls, options: Mapping[str, Any], signals: Mapping[str, Any]
-    ) -> dict[str, dict[str, Any]]:
-        mean_k = signals.get("mean_k") or options["target_k"] or options["start_k"]
-        return random_experts(options, options["max_experts"], mean_k)
 
     @property
     def slots(self) -> int:

@@ -6,16 +6,14 @@ null experts, which cost nothing, beside the true ones.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, final
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor
 
 from sparing.core.errors import RequestError
 from sparing.experts import losses
-from sparing.experts.at_random import random_experts
 from sparing.experts.fixed_k import FixedKRouter, GroupedOptions, Scores
 from sparing.experts.method import RoutedExperts
 from sparing.experts.null import NullExperts, NullOptions
@@ -102,12 +100,6 @@ class TopK(RoutedExperts):
 
     name: ClassVar[str] = "top-k"
     Options = TopKOptions
-
-    @classmethod
-    def at_random(
-        cls, options: Mapping[str, Any], signals: Mapping[str, Any]
-    ) -> dict[str, dict[str, Any]]:
-        return random_experts(options, options["experts"], signals.get("mean_k", options["k"]))
 
     @property
     def slots(self) -> int:

@@ -11,7 +11,6 @@ from typing import Any, final
 
 from sparing.core import registry
 from sparing.core.errors import RequestError, unknown
-from sparing.core.method import Method
 from sparing.run.declared import Arm, Compared, Match
 from sparing.run.recipe import Recipe, load
 
@@ -177,8 +176,8 @@ def _selects(asked: Asked, planned: Planned) -> bool:
     """Whether one of the arm's methods chooses what chance could choose instead."""
     recipe = planned.load(asked)
     return any(
-        registry.method(name).at_random.__func__ is not Method.at_random.__func__  # type: ignore[attr-defined]
-        for name in recipe.methods
+        registry.method(name).at_random(options, {}) is not None
+        for name, options in recipe.methods.items()
     )
 
 
