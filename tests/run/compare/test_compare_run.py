@@ -300,7 +300,13 @@ def test_an_arm_at_random_is_made_for_each_that_selects(recipe, tmp_path, planne
     from sparing.experts.top_k import TopK
 
     def at_random(cls, options, signals):
-        return {"top-k": {"experts": options["experts"], "k": 1, "width": round(signals.get("mean_k", 4))}}
+        return {
+            "top-k": {
+                "experts": options["experts"],
+                "k": 1,
+                "width": round(signals.get("mean_k", 4)),
+            }
+        }
 
     monkeypatch.setattr(TopK, "at_random", classmethod(at_random))
     launch = ForShow(by_width)
