@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from datetime import timedelta
 
@@ -81,4 +82,7 @@ if __name__ == "__main__":
         timeout=timedelta(seconds=60),
     )
     work(number)
+    dist.barrier()  # neither goes while another may still read from it
     dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # gloo's threads, where they are still ending, can abort an interpreter that ends
