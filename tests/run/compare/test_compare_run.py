@@ -493,6 +493,7 @@ def test_two_arms_by_two_seeds_of_the_shipped_recipe(tmp_path, monkeypatch):
         out=tmp_path / "out",
         seeds=2,
         arms=["dynmoe", "dense"],
+        baseline="dense",
         overrides=("task.domains=[shakespeare]", "train.precision=fp32"),
     )
     found = run_comparison(what, launch=InProcess())
