@@ -95,8 +95,10 @@ class ExpertLayer(nn.Module):
             self.tokens_spent += real
             if routing.losses:
                 self.pending.append(routing.losses)
-        dropped: Tensor = self.dropout(y.view(hidden.shape))
-        return dropped
+        y = y.view(hidden.shape)
+        if self.training:
+            y = self.dropout(y)
+        return y
 
     def _token_mask(self, hidden: Tensor) -> Tensor | None:
         """The mask of this forward, (T,); with a cache hidden states are the mask's last tokens."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sparing.experts.backends import gathered, grouped, loop, padded
+from sparing.experts.backends import gathered, grouped, loop, padded, streamed
 from sparing.experts.backends.parts import Forward, Grads, Needs, Nets, Rows
 
 
@@ -32,7 +32,13 @@ class Backend(Protocol):
 
 BACKENDS = cast(
     "dict[str, Backend]",
-    {"loop": loop, "grouped": grouped, "padded": padded, "gathered": gathered},
+    {
+        "loop": loop,
+        "grouped": grouped,
+        "padded": padded,
+        "gathered": gathered,
+        "streamed": streamed,
+    },
 )
 
 INPUTS = 14
@@ -45,7 +51,11 @@ def apply(
     x: Tensor, rows: Rows, nets: Nets, *, backend: str, save: bool, means: bool
 ) -> tuple[Tensor, Tensor]:
     """y (T, o), differentiable once, and with ``means`` the sums (E, o), else (0,)."""
-    call: Any = _operator if torch.compiler.is_compiling() else _Function.apply
+    compiling = torch.compiler.is_compiling()
+    if not (save or compiling):
+        found = _run(x, rows, nets, backend, save, means)
+        return found.y, found.sums
+    call: Any = _operator if compiling else _Function.apply
     outputs = call(
         x,
         rows.tokens,
@@ -65,12 +75,19 @@ def apply(
     return outputs[0], outputs[-1]
 
 
-def _forward(arguments: Sequence[Any]) -> Forward:
-    x, tokens, weights, counts, k, *nets, activation, backend, save, means = arguments
+def _run(x: Tensor, rows: Rows, nets: Nets, backend: str, save: bool, means: bool) -> Forward:
+    forward = BACKENDS[backend].forward
+    if not torch.is_autocast_enabled(x.device.type):  # the context costs more than asking
+        return forward(x, rows, nets, save=save, means=means)
     # the inputs are already in the dtype of the computation
     with torch.autocast(x.device.type, enabled=False):
-        rows = Rows(tokens=tokens, weights=weights, counts=counts, k=k)
-        return BACKENDS[backend].forward(x, rows, _nets(nets, activation), save=save, means=means)
+        return forward(x, rows, nets, save=save, means=means)
+
+
+def _forward(arguments: Sequence[Any]) -> Forward:
+    x, tokens, weights, counts, k, *nets, activation, backend, save, means = arguments
+    rows = Rows(tokens=tokens, weights=weights, counts=counts, k=k)
+    return _run(x, rows, _nets(nets, activation), backend, save, means)
 
 
 def _backward(grad: Tensor, arguments: Sequence[Any], needs: Needs) -> Grads:
