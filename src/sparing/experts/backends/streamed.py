@@ -48,39 +48,63 @@ def forward(x: Tensor, rows: Rows, nets: Nets, *, save: bool, means: bool) -> Fo
     """Compute y (T, o); see ``Forward``."""
     if save or means:
         return loop.forward(x, rows, nets, save=save, means=means)
+    single = x.shape[0] == 1 and x.dtype in (torch.float32, torch.float64)
+    y = _one_token(x, rows, nets) if single else _few_tokens(x, rows, nets)
+    none = like(x, False)
+    return Forward(y, none, none, none, none.float())
+
+
+def _one_token(x: Tensor, rows: Rows, nets: Nets) -> Tensor:
+    """As few calls as can be: each costs the time of reading 50 kB or more."""
     act = ACTIVATIONS[nets.activation]
-    single, start, outputs = x.shape[0] == 1, 0, []
-    taken = x if single else x.index_select(0, rows.tokens)
+    only = x[0]
+    y = only.new_zeros(nets.down.shape[1])
+    weights = rows.weights.tolist()
     for expert, count in enumerate(rows.counts.tolist()):
         if not count:
             continue
-        xs = x if single else taken[start : start + count]
+        weight = weights.pop(0)
+        if nets.up_bias is None:
+            h = torch.mv(nets.up[expert], only)
+        else:
+            h = torch.addmv(nets.up_bias[expert], nets.up[expert], only)
+        if nets.gate is None:
+            act.into(h, h)
+        else:
+            gate = torch.mv(nets.gate[expert], only)
+            h.mul_(act.into(gate, gate))
+        y.addmv_(nets.down[expert], h, alpha=weight)
+        if nets.down_bias is not None:
+            y.add_(nets.down_bias[expert], alpha=weight)
+    return y.unsqueeze(0)
+
+
+def _few_tokens(x: Tensor, rows: Rows, nets: Nets) -> Tensor:
+    act = ACTIVATIONS[nets.activation]
+    start, outputs = 0, []
+    taken = x.index_select(0, rows.tokens)
+    for expert, count in enumerate(rows.counts.tolist()):
+        if not count:
+            continue
+        xs = taken[start : start + count]
         start += count
         up_bias = None if nets.up_bias is None else nets.up_bias[expert]
         down_bias = None if nets.down_bias is None else nets.down_bias[expert]
-        b = product(xs, nets.up[expert], up_bias)
+        h = product(xs, nets.up[expert], up_bias)
         if nets.gate is None:
-            h = act.into(b, b)
+            act.into(h, h)
         else:
-            a = product(xs, nets.gate[expert], None)
-            h = act.into(a, a).mul_(b)
+            gate = product(xs, nets.gate[expert], None)
+            h.mul_(act.into(gate, gate))
         outputs.append(product(h, nets.down[expert], down_bias))
-    none = like(x, False)
-    return Forward(_combine(x, rows, nets, outputs), none, none, none, none.float())
-
-
-def _combine(x: Tensor, rows: Rows, nets: Nets, outputs: list[Tensor]) -> Tensor:
-    """Sum the rows' outputs, times their weights, by token, in at least single precision."""
     if not outputs:
         return x.new_zeros(x.shape[0], nets.down.shape[1])
-    out = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-    if out.dtype in (torch.bfloat16, torch.float16):
-        out = out.float()
-    weights = rows.weights.to(out.dtype)
-    if x.shape[0] == 1:
-        return torch.mm(weights.unsqueeze(0), out).to(x.dtype)
-    y = out.new_zeros(x.shape[0], out.shape[1])
-    return y.index_add_(0, rows.tokens, out.mul_(weights.unsqueeze(1))).to(x.dtype)
+    # sums by token in at least single precision
+    out = torch.cat(outputs)
+    wide = out if out.dtype == torch.float64 else out.float()
+    y = wide.new_zeros(x.shape[0], wide.shape[1])
+    weighted = wide * rows.weights.to(wide.dtype).unsqueeze(1)
+    return y.index_add_(0, rows.tokens, weighted).to(x.dtype)
 
 
 backward = loop.backward
