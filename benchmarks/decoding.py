@@ -95,19 +95,23 @@ class Reading:
         }
 
 
-def chain(layers: list[Any], x: Tensor) -> Callable[[], None]:
+class Chain(nn.Module):
     """All layers on the same tokens, one after the other."""
 
-    def run() -> None:
-        for layer in layers:
-            layer(x)
+    def __init__(self, layers: list[Any]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
 
-    return run
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [layer(x) for layer in self.layers]
 
 
-def compiled(layers: list[Any]) -> list[Any]:
-    """Each layer compiled whole, at fixed shapes: one graph serves all of them."""
-    return [torch.compile(layer, fullgraph=True, dynamic=False) for layer in layers]
+def chain(layers: list[Any], x: Tensor, *, compiled: bool = False) -> Callable[[], Any]:
+    """A call of all layers, if wanted as one graph at fixed shapes: as a compiled model has them."""
+    call: Any = Chain(layers).eval()
+    if compiled:
+        call = torch.compile(call, fullgraph=True, dynamic=False)
+    return lambda: call(x)
 
 
 def measure(
@@ -123,7 +127,7 @@ def measure(
         counts[name] = active(layers, x[0])
         functions[name] = chain(layers, x)
         if compile_too:
-            functions[f"{name}, compiled"] = chain(compiled(layers), x)
+            functions[f"{name}, compiled"] = chain(layers, x, compiled=True)
             counts[f"{name}, compiled"] = counts[name]
         if name == "top-k":
             for kind in ("eager", "grouped_mm", "batched_mm"):
@@ -131,7 +135,7 @@ def measure(
                 blocks = mixtral(kind, layers)
                 functions[theirs], counts[theirs] = chain(blocks, x), counts[name]
                 if compile_too and kind != "eager":  # the eager kind cannot be compiled whole
-                    functions[f"{theirs}, compiled"] = chain(compiled(blocks), x)
+                    functions[f"{theirs}, compiled"] = chain(blocks, x, compiled=True)
                     counts[f"{theirs}, compiled"] = counts[name]
     # process time is what a thread really worked; with two threads only the wall tells
     clock = "cpu" if torch.get_num_threads() == 1 else "wall"

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from sparing.core.errors import RequestError, unknown
-from sparing.experts.backends import choose_backend
 from sparing.experts.backends.activations import ACTIVATIONS
 from sparing.experts.backends.dense import dense
-from sparing.experts.backends.op import BACKENDS, apply
+from sparing.experts.backends.op import BACKENDS, apply, infer
 from sparing.experts.backends.parts import Nets, Rows
 from sparing.experts.routing import Routing
 
@@ -126,8 +125,6 @@ class Experts(nn.Module):
             or routing.weights.requires_grad
             or any(parameter.requires_grad for parameter in self.parameters())
         )
-        if backend == "auto":
-            backend = self._choose(x, routing, grad)
         if backend == "dense":
             with torch.autocast(device, enabled=False):
                 y, sums = dense(x, routing.tokens, routing.experts, routing.weights, nets)
@@ -135,7 +132,11 @@ class Experts(nn.Module):
             rows = Rows(
                 tokens=routing.tokens, weights=routing.weights, counts=routing.counts, k=routing.k
             )
-            y, sums = apply(x, rows, nets, backend=backend, save=grad, means=want_means)
+            means = want_means
+            if torch.compiler.is_compiling() and not (grad or means) and routing.chosen is not None:
+                assert routing.shares is not None
+                return infer(x, routing.chosen, routing.shares, nets, backend=backend)
+            y, sums = apply(x, rows, nets, backend=backend, save=grad, means=means)
         return (y, sums) if want_means else y
 
     def reference(self, x: Tensor, routing: Routing) -> Tensor:
@@ -156,19 +157,6 @@ class Experts(nn.Module):
         return (
             f"{self.dim} -> {self.width} -> {self.out_dim}, slots={self.count}, {kind}, "
             f"{self.activation}"
-        )
-
-    def _choose(self, x: Tensor, routing: Routing, grad: bool) -> str:
-        widths = (self.dim, self.width, self.out_dim)
-        # while tracing, a choice by the number of rows would specialise the graph on it
-        rows = None if torch.compiler.is_compiling() else routing.rows
-        return choose_backend(
-            device=x.device.type,
-            dtype=x.dtype,
-            rows=rows,
-            experts=self.count,
-            aligned=all(width * x.dtype.itemsize % 16 == 0 for width in widths),
-            grad=grad,
         )
 
     def _check(self, x: Tensor, routing: Routing, backend: str) -> None:

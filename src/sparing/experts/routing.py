@@ -24,7 +24,9 @@ class Routing:
     losses: auxiliary losses by name, scalars with gradient, times their coefficients;
     unserved: (T,) bool, real tokens that no gate opened for (before any fallback), or None;
     closed: (T, E) float, weights whose gradient is wanted where no row exists, or None
-    (see ``credit_closed_gates``).
+    (see ``credit_closed_gates``);
+    chosen: (T, E) bool and shares: (T, E) float, the map that the rows were built from and the
+    weights where it is true, or None: a compiled graph without gradient computes from them.
     """
 
     tokens: Tensor
@@ -35,6 +37,8 @@ class Routing:
     losses: dict[str, Tensor] = field(default_factory=dict)
     unserved: Tensor | None = None
     closed: Tensor | None = None
+    chosen: Tensor | None = None
+    shares: Tensor | None = None
 
     @property
     def rows(self) -> int:
@@ -65,4 +69,6 @@ class Routing:
             counts=by_expert.sum(1),
             k=chosen.sum(1),
             losses=losses or {},
+            chosen=chosen,
+            shares=weights,
         )

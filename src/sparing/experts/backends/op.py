@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sparing.experts.backends import gathered, grouped, loop, padded, streamed
+from sparing.experts.backends.choice import choose_backend
 from sparing.experts.backends.parts import Forward, Grads, Needs, Nets, Rows
 
 
@@ -75,8 +76,24 @@ def apply(
     return outputs[0], outputs[-1]
 
 
+def _chosen(backend: str, x: Tensor, rows: Rows, nets: Nets, grad: bool) -> Backend:
+    """The backend of that name; "auto": by the load, known when the numbers are."""
+    if backend == "auto":
+        size = x.dtype.itemsize
+        widths = (x.shape[1], *nets.down.shape[1:])
+        backend = choose_backend(
+            device=x.device.type,
+            dtype=x.dtype,
+            rows=rows.tokens.shape[0],
+            experts=nets.up.shape[0],
+            aligned=all(width * size % 16 == 0 for width in widths),
+            grad=grad,
+        )
+    return BACKENDS[backend]
+
+
 def _run(x: Tensor, rows: Rows, nets: Nets, backend: str, save: bool, means: bool) -> Forward:
-    forward = BACKENDS[backend].forward
+    forward = _chosen(backend, x, rows, nets, save or means).forward
     if not torch.is_autocast_enabled(x.device.type):  # the context costs more than asking
         return forward(x, rows, nets, save=save, means=means)
     # the inputs are already in the dtype of the computation
@@ -95,7 +112,9 @@ def _backward(grad: Tensor, arguments: Sequence[Any], needs: Needs) -> Grads:
     with torch.autocast(x.device.type, enabled=False):
         rows = Rows(tokens=tokens, weights=weights, counts=counts, k=k)
         saved = Forward(y=grad, a=a, b=b, rows=out, sums=grad)
-        return BACKENDS[backend].backward(grad, x, rows, _nets(nets, activation), saved, needs)
+        stacked = _nets(nets, activation)
+        chosen = _chosen(backend, x, rows, stacked, True)
+        return chosen.backward(grad, x, rows, stacked, saved, needs)
 
 
 def _nets(tensors: Sequence[Any], activation: str) -> Nets:
@@ -261,3 +280,56 @@ def _operator_gradients(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None,
 
 
 _operator.register_autograd(_operator_gradients, setup_context=_setup)
+
+
+def infer(x: Tensor, chosen: Tensor, shares: Tensor, nets: Nets, *, backend: str) -> Tensor:
+    """y (T, o) without gradient, inside of a graph; chosen: (T, E) bool, shares: (T, E).
+
+    One operator of fixed shapes: neither the graph nor its guards know how many rows there are.
+    """
+    found: Tensor = torch.ops.sparing.infer(
+        x,
+        chosen,
+        shares,
+        nets.gate,
+        nets.up,
+        nets.up_bias,
+        nets.down,
+        nets.down_bias,
+        nets.activation,
+        backend,
+    )
+    return found
+
+
+def _infer(x: Tensor, chosen: Tensor, shares: Tensor, *arguments: Any) -> Tensor:
+    *tensors, activation, backend = arguments
+    nets = _nets(tensors, activation)
+    if x.shape[0] == 1 and x.device.type == "cpu" and x.dtype in streamed.EXACT:
+        if backend in ("auto", "streamed"):
+            weights = shares.tolist()[0]
+            picked = [e for e, taken in enumerate(chosen.tolist()[0]) if taken]
+            return streamed.one_token(x, picked, [weights[e] for e in picked], nets)
+    by_expert = chosen.t().contiguous()
+    rows = Rows(
+        tokens=by_expert.nonzero()[:, 1],
+        weights=torch.masked_select(shares.t(), by_expert),
+        counts=by_expert.sum(1),
+        k=chosen.sum(1),
+    )
+    return _run(x, rows, nets, backend, save=False, means=False).y
+
+
+_library = torch.library.Library("sparing", "FRAGMENT")
+# not a custom_op: its checks at each call cost as much as reading half an expert
+_library.define(
+    "infer(Tensor x, Tensor chosen, Tensor shares, Tensor? gate, Tensor up, Tensor? up_bias, "
+    "Tensor down, Tensor? down_bias, str activation, str backend) -> Tensor"
+)
+_library.impl("infer", _infer, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("sparing::infer", lib=_library)
+def _(x: Tensor, chosen: Tensor, shares: Tensor, *arguments: Any) -> Tensor:
+    down: Tensor = arguments[3]
+    return x.new_empty(x.shape[0], down.shape[1])

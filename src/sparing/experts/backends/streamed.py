@@ -18,6 +18,9 @@ from sparing.experts.backends.parts import Forward, Nets, Rows, like
 BLOCKS = (96, 64, 48)
 """Weight rows multiplied at a time: a block stays in the second cache while it is packed."""
 
+EXACT = (torch.float32, torch.float64)
+"""Dtypes in which the experts' outputs may be summed as they are."""
+
 PLAIN_ROWS = 3
 """Up to this many rows the library's own product reads weights as fast as memory gives them."""
 
@@ -48,35 +51,53 @@ def forward(x: Tensor, rows: Rows, nets: Nets, *, save: bool, means: bool) -> Fo
     """Compute y (T, o); see ``Forward``."""
     if save or means:
         return loop.forward(x, rows, nets, save=save, means=means)
-    single = x.shape[0] == 1 and x.dtype in (torch.float32, torch.float64)
-    y = _one_token(x, rows, nets) if single else _few_tokens(x, rows, nets)
+    if x.shape[0] == 1 and x.dtype in EXACT:
+        picked = [expert for expert, count in enumerate(rows.counts.tolist()) if count]
+        y = one_token(x, picked, rows.weights.tolist(), nets)
+    else:
+        y = _few_tokens(x, rows, nets)
     none = like(x, False)
     return Forward(y, none, none, none, none.float())
 
 
-def _one_token(x: Tensor, rows: Rows, nets: Nets) -> Tensor:
-    """As few calls as can be: each costs the time of reading 50 kB or more."""
+def one_token(x: Tensor, picked: list[int], weights: list[float], nets: Nets) -> Tensor:
+    """x (1, d) through the experts picked, times their weights, summed: (1, o).
+
+    Every matrix that is read drives code and small tensors out of the cache, and the next call
+    pays for it: so what can be done before is, and as few calls as can be lie between.
+    """
     act = ACTIVATIONS[nets.activation]
     only = x[0]
     y = only.new_zeros(nets.down.shape[1])
-    weights = rows.weights.tolist()
-    for expert, count in enumerate(rows.counts.tolist()):
-        if not count:
-            continue
-        weight = weights.pop(0)
-        if nets.up_bias is None:
-            h = torch.mv(nets.up[expert], only)
-        else:
-            h = torch.addmv(nets.up_bias[expert], nets.up[expert], only)
-        if nets.gate is None:
-            act.into(h, h)
-        else:
-            gate = torch.mv(nets.gate[expert], only)
-            h.mul_(act.into(gate, gate))
-        y.addmv_(nets.down[expert], h, alpha=weight)
-        if nets.down_bias is not None:
+    hidden = only.new_empty(len(picked), nets.up.shape[1])
+    downs = [nets.down[expert] for expert in picked]
+    _vectors(hidden, nets.up, nets.up_bias, picked, only)
+    if nets.gate is None:
+        act.into(hidden, hidden)
+    else:
+        gates = torch.empty_like(hidden)
+        _vectors(gates, nets.gate, None, picked, only)
+        hidden.mul_(act.into(gates, gates))
+    for down, h, weight in zip(downs, hidden.unbind(), weights, strict=True):
+        y.addmv_(down, h, alpha=weight)
+    if nets.down_bias is not None:
+        for expert, weight in zip(picked, weights, strict=True):
             y.add_(nets.down_bias[expert], alpha=weight)
     return y.unsqueeze(0)
+
+
+def _vectors(
+    out: Tensor, stacked: Tensor, bias: Tensor | None, picked: list[int], x: Tensor
+) -> None:
+    """out (k, m): the products of x (i,) and the matrices (m, i) of the experts picked."""
+    matrices = [stacked[expert] for expert in picked]
+    if bias is None:
+        for matrix, place in zip(matrices, out.unbind(), strict=True):
+            torch.mv(matrix, x, out=place)
+    else:
+        biases = [bias[expert] for expert in picked]
+        for matrix, one, place in zip(matrices, biases, out.unbind(), strict=True):
+            torch.addmv(one, matrix, x, out=place)
 
 
 def _few_tokens(x: Tensor, rows: Rows, nets: Nets) -> Tensor:
