@@ -44,10 +44,7 @@ class ExpertLayer(nn.Module):
         self.domain: Tensor | None = None
         self.domains = 0
         self.record = Record(router.slots_count, router.dim)
-        self.pending: list[dict[str, Tensor]] = []
-        self.rows_spent = 0
-        self.rows_dense = 0
-        self.tokens_spent = 0
+        self.pending: list[tuple[dict[str, Tensor], Tensor | None]] = []
         if router.tracks_outputs:
             self.register_buffer("output_mean", torch.zeros(router.slots_count, router.dim))
 
@@ -81,20 +78,17 @@ class ExpertLayer(nn.Module):
         if routing.closed is not None:
             y = credit_closed_gates(y, routing.closed, self.output_mean)
         if self.training and not recomputing():
-            self.record.add(
+            added = self.record.add(
                 x,
                 routing,
+                self.router.active,
                 mask=mask,
                 output_sum=output_sum,
                 domain=self._token_domain(hidden),
                 domains=self.domains,
             )
-            real = x.shape[0] if mask is None else int(mask.sum())
-            self.rows_spent += routing.rows
-            self.rows_dense += real * int(self.router.active.sum())
-            self.tokens_spent += real
             if routing.losses:
-                self.pending.append(routing.losses)
+                self.pending.append((routing.losses, added))
         y = y.view(hidden.shape)
         if self.training:
             y = self.dropout(y)
@@ -120,7 +114,9 @@ class ExpertLayer(nn.Module):
     def take_losses(self) -> dict[str, Tensor]:
         """The auxiliary losses by name, summed over the forwards since the last call."""
         total: dict[str, Tensor] = {}
-        for losses in self.pending:
+        for losses, added in self.pending:
+            if added is not None and not added:
+                continue  # a compiled pass that was a checkpoint's recomputation
             for name, value in losses.items():
                 total[name] = total[name] + value if name in total else value
         self.pending.clear()
@@ -134,13 +130,14 @@ class ExpertLayer(nn.Module):
         """
         trained = any(p.requires_grad for p in self.experts.parameters())
         passes = 3 if trained else 2
-        router = 2 * self.tokens_spent * self.router.dim * self.router.slots_count
+        rows_spent, rows_dense, tokens_spent = self.record.costs.tolist()
+        router = 2 * tokens_spent * self.router.dim * self.router.slots_count
         # one more where closed gates are credited with the experts' mean outputs
         passes_of_router = 3 if self.router.similarity.requires_grad else 2
         router *= passes_of_router + int(self.router.tracks_outputs)
-        spent = passes * self.experts.flops(self.rows_spent) + router
-        dense = passes * self.experts.flops(self.rows_dense)
-        self.rows_spent = self.rows_dense = self.tokens_spent = 0
+        spent = passes * self.experts.flops(rows_spent) + router
+        dense = passes * self.experts.flops(rows_dense)
+        self.record.costs.zero_()
         return spent, dense
 
 

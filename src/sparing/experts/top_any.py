@@ -274,31 +274,18 @@ class TopAnyRouter(Router):
 
     @torch.no_grad()
     def _calibrate(self, cosine: Tensor, mask: Tensor | None) -> None:
-        """Start thresholds at the quantile of the first batches that opens ``start_k`` gates.
-
-        With several ranks the first training forwards are a stated boundary: all take part.
-        """
-        seen = int(self.calibrated)
-        if seen >= (self.options.calibration or 0):
+        """Start thresholds at the quantile of the first batches that opens ``start_k`` gates."""
+        options = self.options
+        if not options.calibration:
             return
-        real = cosine if mask is None else cosine[mask]
-        wanted = self.options.target_k or self.options.start_k
+        wanted = options.target_k or options.start_k
         assert wanted is not None
         # with missing experts tokens must be left unserved, or none would ever be missed
-        by_slots = self.options.adapt is not None and self.options.adapt.share == "slots"
-        experts = self.slots_count if by_slots else int(self.active.sum())
-        share = min(1.0, wanted / experts)
-        quantile = torch.zeros_like(self.threshold)
-        ranks_with_tokens = torch.tensor(float(real.shape[0] > 0))
-        if real.shape[0]:
-            quantile.copy_(torch.quantile(real.float(), 1.0 - share, dim=0))
-        sum_([quantile, ranks_with_tokens])  # a rank whose batch is all padding takes part too
-        if ranks_with_tokens == 0:
-            return
-        quantile /= ranks_with_tokens.to(quantile)
-        moved = self.threshold + (quantile - self.threshold) / (seen + 1)
-        self.threshold.copy_(torch.where(self.active, moved, self.threshold))
-        self.calibrated += 1
+        by_slots = options.adapt is not None and options.adapt.share == "slots"
+        arguments = (cosine.detach(), mask, self.threshold, self.calibrated, self.active)
+        # in a graph it is an operator, which sees at run time how many batches there were
+        call = _calibrate_operator if torch.compiler.is_compiling() else _calibrate
+        call(*arguments, float(wanted), by_slots, options.calibration)
 
     @torch.no_grad()
     def update_thresholds(self, load: Tensor, tokens: Tensor) -> None:
@@ -313,6 +300,43 @@ class TopAnyRouter(Router):
         error = ((load - target) / target).clamp(-1.0, 1.0).to(self.threshold.dtype)
         moved = self.threshold + self.options.rate / math.sqrt(self.dim) * error
         self.threshold.copy_(torch.where(self.active, moved.clamp(-1.0, 1.0), self.threshold))
+
+
+def _calibrate(
+    cosine: Tensor,
+    mask: Tensor | None,
+    threshold: Tensor,
+    calibrated: Tensor,
+    active: Tensor,
+    wanted: float,
+    by_slots: bool,
+    batches: int,
+) -> None:
+    """Move ``threshold`` to the mean over batches of the quantile that opens ``wanted`` gates.
+
+    With several ranks the first training forwards are a stated boundary: all take part.
+    """
+    seen = int(calibrated)
+    if seen >= batches or recomputing():
+        return
+    real = cosine if mask is None else cosine[mask]
+    share = min(1.0, wanted / (active.shape[0] if by_slots else int(active.sum())))
+    quantile = torch.zeros_like(threshold)
+    ranks_with_tokens = torch.tensor(float(real.shape[0] > 0))
+    if real.shape[0]:
+        quantile.copy_(torch.quantile(real.float(), 1.0 - share, dim=0))
+    sum_([quantile, ranks_with_tokens])  # a rank whose batch is all padding takes part too
+    if ranks_with_tokens == 0:
+        return
+    quantile /= ranks_with_tokens.to(quantile)
+    moved = threshold + (quantile - threshold) / (seen + 1)
+    threshold.copy_(torch.where(active, moved, threshold))
+    calibrated += 1
+
+
+_calibrate_operator = torch.library.custom_op(
+    "sparing::calibrate", _calibrate, mutates_args=("threshold", "calibrated")
+)
 
 
 @final
