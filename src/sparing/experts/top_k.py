@@ -59,10 +59,12 @@ class TopKRouter(Router):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Routing:
         with torch.autocast(x.device.type, enabled=False):
             logits = F.linear(exact(x), exact(self.similarity))
-            score = logits.masked_fill(~self.active, -torch.inf).softmax(1)
-            k = min(self.options.k, int(self.active.sum()))
-            picked = score.detach().topk(k, dim=1).indices
+            live = logits.masked_fill(~self.active, -torch.inf)
+            score = live.softmax(1)
+            picked = live.detach().topk(self.options.k, dim=1).indices
+            # inactive experts come last, and only where fewer than k are active
             chosen = torch.zeros_like(score, dtype=torch.bool).scatter_(1, picked, True)
+            chosen = chosen & self.active
             if mask is not None:
                 chosen = chosen & mask[:, None]
             weights = score
