@@ -107,7 +107,7 @@ class Chain(nn.Module):
 
 
 def chain(layers: list[Any], x: Tensor, *, compiled: bool = False) -> Callable[[], Any]:
-    """A call of all layers, if wanted as one graph at fixed shapes: as a compiled model has them."""
+    """A call of all layers; compiled, one graph at fixed shapes, as a compiled model has them."""
     call: Any = Chain(layers).eval()
     if compiled:
         call = torch.compile(call, fullgraph=True, dynamic=False)
@@ -195,7 +195,11 @@ def main() -> None:
                     f"  {name:36} {of['microseconds a layer']['median']:9.1f} us "
                     f"{of['active experts']:5.2f} experts  {of['over the floor']}"
                 )
-        write(asked.record, {"sizes": f"d={DIM} f={WIDTH} E={EXPERTS} k={K} SwiGLU", **results}, seeds=[0])
+        write(
+            asked.record,
+            {"sizes": f"d={DIM} f={WIDTH} E={EXPERTS} k={K} SwiGLU", **results},
+            seeds=[0],
+        )
 
 
 if __name__ == "__main__":

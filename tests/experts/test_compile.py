@@ -60,7 +60,11 @@ def step(call: Any, layer: ExpertLayer, x: Tensor) -> list[Tensor]:
     total = y.float().square().sum() + sum(losses.values())
     wanted = [x, *(p for p in layer.parameters() if p.requires_grad)]
     grads = torch.autograd.grad(total, wanted, allow_unused=True)
-    return [y.detach(), *(v.detach() for v in losses.values()), *(g for g in grads if g is not None)]
+    return [
+        y.detach(),
+        *(v.detach() for v in losses.values()),
+        *(g for g in grads if g is not None),
+    ]
 
 
 def seen(layer: ExpertLayer) -> list[Tensor]:

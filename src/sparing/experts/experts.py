@@ -98,10 +98,10 @@ class Experts(nn.Module):
         """Compute tokens (T, d) to (T, o): the sum of weight times output over a token's rows.
 
         A token without rows gets zeros. ``backend``: "auto", "loop", "grouped", "padded",
-        "gathered" or "dense". With ``want_means``, also the sums (E, o) of each expert's
-        unweighted outputs over its rows, detached, float32. Differentiable once in x, the routing
-        weights and the parameters ("dense": any number of times). Under autocast the weights are
-        cast once per call and gradients come back in the parameter's dtype.
+        "gathered", "streamed", "scattered" or "dense". With ``want_means``, also the sums (E, o)
+        of each expert's unweighted outputs over its rows, detached, float32. Differentiable once
+        in x, the routing weights and the parameters ("dense": any number of times). Under autocast
+        the weights are cast once per call and gradients come back in the parameter's dtype.
 
         Raises RequestError for an unknown backend and for shapes or dtypes that do not fit.
         """
@@ -132,11 +132,11 @@ class Experts(nn.Module):
             rows = Rows(
                 tokens=routing.tokens, weights=routing.weights, counts=routing.counts, k=routing.k
             )
-            means = want_means
-            if torch.compiler.is_compiling() and not (grad or means) and routing.chosen is not None:
-                assert routing.shares is not None
-                return infer(x, routing.chosen, routing.shares, nets, backend=backend)
-            y, sums = apply(x, rows, nets, backend=backend, save=grad, means=means)
+            chosen, shares = routing.chosen, routing.shares
+            only_outputs = torch.compiler.is_compiling() and not (grad or want_means)
+            if only_outputs and chosen is not None and shares is not None:
+                return infer(x, chosen, shares, nets, backend=backend)
+            y, sums = apply(x, rows, nets, backend=backend, save=grad, means=want_means)
         return (y, sums) if want_means else y
 
     def reference(self, x: Tensor, routing: Routing) -> Tensor:

@@ -90,9 +90,8 @@ class ExpertLayer(nn.Module):
             if routing.losses:
                 self.pending.append((routing.losses, added))
         y = y.view(hidden.shape)
-        if self.training:
-            y = self.dropout(y)
-        return y
+        dropped: Tensor = self.dropout(y) if self.training else y
+        return dropped
 
     def _token_mask(self, hidden: Tensor) -> Tensor | None:
         """The mask of this forward, (T,); with a cache hidden states are the mask's last tokens."""

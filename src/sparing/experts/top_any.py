@@ -171,7 +171,7 @@ class TopAnyRouter(Router):
         with torch.autocast(x.device.type, enabled=False):
             x = exact(x)
             cosine = self.cosine(x)
-            limit = self.threshold
+            limit: Tensor = self.threshold
             if self.training and not recomputing():
                 limit = self._calibrate(cosine, mask)
             score = torch.sigmoid(self.scale * cosine)
@@ -293,7 +293,7 @@ class TopAnyRouter(Router):
         # in a graph it is an operator, which sees at run time how many batches there were. What
         # it changed is not read again: generated code would reuse its memory in backward
         with torch.no_grad():
-            after = _calibrate_operator(
+            after: Tensor = _calibrate_operator(
                 cosine.detach(), mask, before, self.calibrated, self.active, *arguments
             )
         return after + (before - before.detach()) if before.requires_grad else after

@@ -7,6 +7,7 @@ its first call would import the compiler (seconds), and each call costs about 0.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from typing import Any, Protocol, cast, final
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from sparing.core.errors import RequestError
 from sparing.experts.backends import gathered, grouped, loop, padded, streamed
 from sparing.experts.backends.choice import choose_backend
 from sparing.experts.backends.parts import Forward, Grads, Needs, Nets, Rows
@@ -31,6 +33,34 @@ class Backend(Protocol):
         """Gradients from the gradient of the output."""
 
 
+@final
+class _Scattered:
+    """The Triton backend, imported when it is first used: triton is large, and often absent."""
+
+    def forward(self, x: Tensor, rows: Rows, nets: Nets, *, save: bool, means: bool) -> Forward:
+        return _kernels(x).forward(x, rows, nets, save=save, means=means)
+
+    def backward(
+        self, grad: Tensor, x: Tensor, rows: Rows, nets: Nets, saved: Forward, needs: Needs
+    ) -> Grads:
+        return _kernels(x).backward(grad, x, rows, nets, saved, needs)
+
+
+def _kernels(x: Tensor) -> Backend:
+    try:
+        module = importlib.import_module("sparing.experts.backends.scattered")
+    except ModuleNotFoundError as error:
+        raise RequestError(
+            'backend="scattered" needs triton: pip install triton, or leave backend at "auto"'
+        ) from error
+    if x.device.type == "cpu" and not module.INTERPRETED:
+        raise RequestError(
+            'backend="scattered" runs on a GPU, or with TRITON_INTERPRET=1 set before Python '
+            'starts; the tokens are on the CPU: leave backend at "auto"'
+        )
+    return cast(Backend, module)
+
+
 BACKENDS = cast(
     "dict[str, Backend]",
     {
@@ -39,6 +69,7 @@ BACKENDS = cast(
         "padded": padded,
         "gathered": gathered,
         "streamed": streamed,
+        "scattered": _Scattered(),
     },
 )
 
@@ -305,11 +336,11 @@ def infer(x: Tensor, chosen: Tensor, shares: Tensor, nets: Nets, *, backend: str
 def _infer(x: Tensor, chosen: Tensor, shares: Tensor, *arguments: Any) -> Tensor:
     *tensors, activation, backend = arguments
     nets = _nets(tensors, activation)
-    if x.shape[0] == 1 and x.device.type == "cpu" and x.dtype in streamed.EXACT:
-        if backend in ("auto", "streamed"):
-            weights = shares.tolist()[0]
-            picked = [e for e, taken in enumerate(chosen.tolist()[0]) if taken]
-            return streamed.one_token(x, picked, [weights[e] for e in picked], nets)
+    alone = x.shape[0] == 1 and x.device.type == "cpu" and x.dtype in streamed.EXACT
+    if alone and backend in ("auto", "streamed"):
+        weights = shares.tolist()[0]
+        picked = [e for e, taken in enumerate(chosen.tolist()[0]) if taken]
+        return streamed.one_token(x, picked, [weights[e] for e in picked], nets)
     by_expert = chosen.t().contiguous()
     rows = Rows(
         tokens=by_expert.nonzero()[:, 1],
@@ -320,7 +351,7 @@ def _infer(x: Tensor, chosen: Tensor, shares: Tensor, *arguments: Any) -> Tensor
     return _run(x, rows, nets, backend, save=False, means=False).y
 
 
-_library = torch.library.Library("sparing", "FRAGMENT")
+_library: Any = cast(Any, torch.library).Library("sparing", "FRAGMENT")
 # not a custom_op: its checks at each call cost as much as reading half an expert
 _library.define(
     "infer(Tensor x, Tensor chosen, Tensor shares, Tensor? gate, Tensor up, Tensor? up_bias, "
@@ -329,7 +360,9 @@ _library.define(
 _library.impl("infer", _infer, "CompositeExplicitAutograd")
 
 
-@torch.library.register_fake("sparing::infer", lib=_library)
-def _(x: Tensor, chosen: Tensor, shares: Tensor, *arguments: Any) -> Tensor:
+def _infer_shape(x: Tensor, chosen: Tensor, shares: Tensor, *arguments: Any) -> Tensor:
     down: Tensor = arguments[3]
     return x.new_empty(x.shape[0], down.shape[1])
+
+
+torch.library.register_fake("sparing::infer", _infer_shape, lib=_library)

@@ -23,6 +23,12 @@ from sparing.experts.backends import stages
 from sparing.experts.backends.activations import ACTIVATIONS
 from sparing.experts.backends.parts import Forward, Nets, Rows, like
 
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+"""Whether Triton's interpreter, which works on any device, stands in for the compiler."""
+
+WIDENED = INTERPRETED
+"""Whether bfloat16 is multiplied in single precision: the interpreter's product knows no other."""
+
 ROWS, WIDTH, INNER = 32, 64, 32
 """Block sizes: rows, columns of the result, and terms of the sum at a time."""
 
@@ -50,6 +56,7 @@ def _product_kernel(
     SCATTER: tl.constexpr,
     KEEP: tl.constexpr,
     BIASED: tl.constexpr,
+    WIDEN: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
     INNER: tl.constexpr,
@@ -74,6 +81,8 @@ def _product_kernel(
             mask=(term < inner)[:, None] & inside[None, :],
             other=0.0,
         )
+        if WIDEN:
+            a, b = a.to(tl.float32), b.to(tl.float32)
         total = tl.dot(a, b, total, input_precision="ieee")
     if BIASED:
         total += tl.load(bias + expert * n + column, mask=inside, other=0.0)[None, :].to(tl.float32)
@@ -107,6 +116,7 @@ def _outer_kernel(
     ends,
     m,
     n,
+    WIDEN: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
@@ -128,6 +138,8 @@ def _outer_kernel(
             mask=(row < end)[:, None] & (column < n)[None, :],
             other=0.0,
         )
+        if WIDEN:
+            a, b = a.to(tl.float32), b.to(tl.float32)
         total = tl.dot(a, b, total, input_precision="ieee")
     spot = out + expert.to(tl.int64) * m * n + upper[:, None].to(tl.int64) * n + column[None, :]
     both = (upper < m)[:, None] & (column < n)[None, :]
@@ -199,6 +211,7 @@ class _Scattered:
             SCATTER=place is not None,
             KEEP=keep,
             BIASED=bias is not None,
+            WIDEN=WIDENED and x.dtype == torch.bfloat16,
             ROWS=ROWS,
             WIDTH=WIDTH,
             INNER=INNER,
@@ -216,7 +229,8 @@ class _Scattered:
         out = left.new_empty(slots, m, n)
         grid = (slots, triton.cdiv(m, WIDTH), triton.cdiv(n, WIDTH))
         operands = (left.contiguous(), right.contiguous(), out, self.ends, m, n)
-        _launch(_outer_kernel, grid, *operands, ROWS=ROWS, WIDTH=WIDTH)
+        widen = WIDENED and left.dtype == torch.bfloat16
+        _launch(_outer_kernel, grid, *operands, WIDEN=widen, ROWS=ROWS, WIDTH=WIDTH)
         return out
 
 
