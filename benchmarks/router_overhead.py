@@ -101,7 +101,7 @@ def python_calls(method: Any, tokens: int) -> int:
         if step == 7:
             sys.setprofile(count)
         routing = layer.router(x)
-        layer.record.add(x, routing)
+        layer.record.add(x, routing, layer.router.active)
         controller.step(step)
         sys.setprofile(None)
     return calls

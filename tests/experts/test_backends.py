@@ -16,7 +16,7 @@ from sparing.experts.backends import choose_backend, loop
 from sparing.experts.experts import Experts
 from sparing.experts.routing import Routing
 
-FAST = ("loop", "grouped", "padded", "gathered")
+FAST = ("loop", "grouped", "padded", "gathered", "streamed")
 KINDS: dict[str, dict[str, Any]] = {
     "gated": {"gated": True},
     "gated, biased": {"gated": True, "bias": True, "activation": "relu"},

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from sparing.core.errors import RequestError, unknown
-from sparing.experts.backends import choose_backend
 from sparing.experts.backends.activations import ACTIVATIONS
 from sparing.experts.backends.dense import dense
-from sparing.experts.backends.op import BACKENDS, apply
+from sparing.experts.backends.op import BACKENDS, apply, infer
 from sparing.experts.backends.parts import Nets, Rows
 from sparing.experts.routing import Routing
 
@@ -110,10 +109,10 @@ class Experts(nn.Module):
         """Compute tokens (T, d) to (T, o): the sum of weight times output over a token's rows.
 
         A token without rows gets zeros. ``backend``: "auto", "loop", "grouped", "padded",
-        "gathered" or "dense". With ``want_means``, also the sums (E, o) of each expert's
-        unweighted outputs over its rows, detached, float32. Differentiable once in x, the routing
-        weights and the parameters ("dense": any number of times). Under autocast the weights are
-        cast once per call and gradients come back in the parameter's dtype.
+        "gathered", "streamed", "scattered" or "dense". With ``want_means``, also the sums (E, o)
+        of each expert's unweighted outputs over its rows, detached, float32. Differentiable once
+        in x, the routing weights and the parameters ("dense": any number of times). Under autocast
+        the weights are cast once per call and gradients come back in the parameter's dtype.
 
         Raises RequestError for an unknown backend and for shapes or dtypes that do not fit.
         """
@@ -130,8 +129,6 @@ class Experts(nn.Module):
             or routing.weights.requires_grad
             or any(parameter.requires_grad for parameter in self.parameters())
         )
-        if backend == "auto":
-            backend = self._choose(x, routing, grad)
         if backend == "dense":
             with torch.autocast(device, enabled=False):
                 y, sums = dense(x, routing.tokens, routing.experts, routing.weights, nets)
@@ -139,6 +136,10 @@ class Experts(nn.Module):
             rows = Rows(
                 tokens=routing.tokens, weights=routing.weights, counts=routing.counts, k=routing.k
             )
+            chosen, shares = routing.chosen, routing.shares
+            only_outputs = torch.compiler.is_compiling() and not (grad or want_means)
+            if only_outputs and chosen is not None and shares is not None:
+                return infer(x, chosen, shares, nets, backend=backend)
             y, sums = apply(x, rows, nets, backend=backend, save=grad, means=want_means)
         return (y, sums) if want_means else y
 
@@ -160,19 +161,6 @@ class Experts(nn.Module):
         return (
             f"{self.dim} -> {self.width} -> {self.out_dim}, slots={self.count}, {kind}, "
             f"{self.activation}"
-        )
-
-    def _choose(self, x: Tensor, routing: Routing, grad: bool) -> str:
-        widths = (self.dim, self.width, self.out_dim)
-        # while tracing, a choice by the number of rows would specialise the graph on it
-        rows = None if torch.compiler.is_compiling() else routing.rows
-        return choose_backend(
-            device=x.device.type,
-            dtype=x.dtype,
-            rows=rows,
-            experts=self.count,
-            aligned=all(width * x.dtype.itemsize % 16 == 0 for width in widths),
-            grad=grad,
         )
 
     def _check(self, x: Tensor, routing: Routing, backend: str) -> None:

@@ -170,9 +170,8 @@ class FixedKRouter(Router, abc.ABC):
         with torch.autocast(x.device.type, enabled=False):
             found = self.scores(exact(x))
             live = self.live
-            k = min(self.k, int(live.sum()))
             ranking = found.score if found.ranking is None else found.ranking
-            chosen = top_k_map(ranking.detach(), k, live, self.groups)
+            chosen = top_k_map(ranking.detach(), self.k, live, self.groups)
             if mask is not None:
                 chosen = chosen & mask[:, None]
             weights = self.weigh(found.score, chosen)

@@ -31,6 +31,9 @@ def open_gates(margin: Tensor, opened: Tensor, heard: Tensor) -> Tensor:
     (straight-through) where ``heard``: at open gates only in DynMoE as released (its ReLU comes
     before the step), or at all live ones, so that a closed gate can learn to open.
     """
+    if torch.compiler.is_compiling():
+        # the same in plain operations: a graph refuses a function called with one tensor twice
+        return opened.to(margin.dtype) + (margin - margin.detach()) * heard
     gates: Tensor = _OpenGates.apply(margin, opened, heard)  # type: ignore[no-untyped-call]
     return gates
 

@@ -54,10 +54,7 @@ class ExpertLayer(nn.Module):
         self.domain: Tensor | None = None
         self.domains = 0
         self.record = Record(router.slots_count, router.dim)
-        self.pending: list[dict[str, Tensor]] = []
-        self.rows_spent = 0
-        self.rows_dense = 0
-        self.tokens_spent = 0
+        self.pending: list[tuple[dict[str, Tensor], Tensor | None]] = []
         if router.tracks_outputs:
             self.register_buffer("output_mean", torch.zeros(router.slots_count, router.dim))
 
@@ -95,21 +92,19 @@ class ExpertLayer(nn.Module):
         if self.always is not None:
             y = self.always(x, y, mask)
         if self.training and not recomputing():
-            self.record.add(
+            added = self.record.add(
                 x,
                 routing,
+                self.router.active,
                 mask=mask,
                 output_sum=output_sum,
                 domain=self._token_domain(hidden),
                 domains=self.domains,
             )
-            real = x.shape[0] if mask is None else int(mask.sum())
-            self.rows_spent += routing.rows
-            self.rows_dense += real * int(self.router.active.sum())
-            self.tokens_spent += real
             if routing.losses:
-                self.pending.append(routing.losses)
-        dropped: Tensor = self.dropout(y.view(hidden.shape))
+                self.pending.append((routing.losses, added))
+        y = y.view(hidden.shape)
+        dropped: Tensor = self.dropout(y) if self.training else y
         return dropped
 
     def _token_mask(self, hidden: Tensor) -> Tensor | None:
@@ -132,7 +127,9 @@ class ExpertLayer(nn.Module):
     def take_losses(self) -> dict[str, Tensor]:
         """The auxiliary losses by name, summed over the forwards since the last call."""
         total: dict[str, Tensor] = {}
-        for losses in self.pending:
+        for losses, added in self.pending:
+            if added is not None and not added:
+                continue  # a compiled pass that was a checkpoint's recomputation
             for name, value in losses.items():
                 total[name] = total[name] + value if name in total else value
         self.pending.clear()
@@ -146,15 +143,15 @@ class ExpertLayer(nn.Module):
         """
         trained = any(p.requires_grad for p in self.experts.parameters())
         passes = 3 if trained else 2
-        spent = passes * self.experts.flops(self.rows_spent)
-        spent += self.router.flops(self.tokens_spent)
-        dense = passes * self.experts.flops(self.rows_dense)
+        rows_spent, rows_dense, tokens_spent = self.record.costs.tolist()
+        spent = passes * self.experts.flops(rows_spent) + self.router.flops(tokens_spent)
+        dense = passes * self.experts.flops(rows_dense)
         if self.always is not None:
             # what every token passes belongs to either side
             trained = any(p.requires_grad for p in self.always.parameters())
-            both = (3 if trained else 2) * self.always.flops(self.tokens_spent)
+            both = (3 if trained else 2) * self.always.flops(tokens_spent)
             spent, dense = spent + both, dense + both
-        self.rows_spent = self.rows_dense = self.tokens_spent = 0
+        self.record.costs.zero_()
         return spent, dense
 
 

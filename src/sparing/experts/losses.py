@@ -64,19 +64,19 @@ def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
 
 def diversity(similarity: Tensor, active: Tensor) -> Tensor:
     """Mean squared cosine between the rows of different active experts; similarity: (E, d)."""
-    rows = F.normalize(similarity[active], dim=1)
-    count = rows.shape[0]
-    if count < 2:
-        return rows.sum() * 0
-    gram = rows @ rows.t()
+    # of all rows, and masked: the shape of a graph may not depend on how many experts there are
+    live = active.to(similarity.dtype)
+    rows = F.normalize(similarity, dim=1)
+    gram = (rows @ rows.t()) * live[:, None] * live
+    count = active.sum()
     off: Tensor = gram.square().sum() - gram.diagonal().square().sum()
-    return off / (count * (count - 1))
+    return off / (count * (count - 1)).clamp_min(1)
 
 
 def simplicity(similarity: Tensor, active: Tensor) -> Tensor:
     """Mean norm of the active experts' rows; similarity: (E, d)."""
-    mean: Tensor = similarity[active].norm(dim=1).mean()
-    return mean
+    norms: Tensor = (similarity.norm(dim=1) * active).sum()
+    return norms / active.sum().clamp_min(1)
 
 
 def published_diversity(similarity: Tensor, active: Tensor) -> Tensor:

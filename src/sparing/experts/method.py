@@ -230,8 +230,8 @@ class RoutedExperts(Method, abc.ABC):
         spent = dense = 0
         for layer in self.layers:
             alive = int(layer.router.active.sum())
-            layer.rows_spent = round(tokens * min(self.expected_k, alive))
-            layer.rows_dense, layer.tokens_spent = tokens * alive, tokens
+            rows = round(tokens * min(self.expected_k, alive))
+            layer.record.costs.copy_(torch.tensor([rows, tokens * alive, tokens]))
             once = layer.take_flops()
             spent, dense = spent + once[0], dense + once[1]
         return spent, dense

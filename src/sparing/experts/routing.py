@@ -25,7 +25,9 @@ class Routing:
     unserved: (T,) bool, real tokens that no gate opened for (before any fallback), or None;
     closed: (T, E) float, weights whose gradient is wanted where no row exists, or None
     (see ``credit_closed_gates``);
-    bypass: (T, d) float, what null experts add to the output beside the rows, or None.
+    bypass: (T, d) float, what null experts add to the output beside the rows, or None;
+    chosen: (T, E) bool and shares: (T, E) float, the map that the rows were built from and the
+    weights where it is true, or None: a compiled graph without gradient computes from them.
     """
 
     tokens: Tensor
@@ -37,6 +39,8 @@ class Routing:
     unserved: Tensor | None = None
     closed: Tensor | None = None
     bypass: Tensor | None = None
+    chosen: Tensor | None = None
+    shares: Tensor | None = None
 
     @property
     def rows(self) -> int:
@@ -67,4 +71,6 @@ class Routing:
             counts=by_expert.sum(1),
             k=chosen.sum(1),
             losses=losses or {},
+            chosen=chosen,
+            shares=weights,
         )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, final
+from typing import Any, ClassVar, Literal, final
 
 import torch
 import torch.nn.functional as F
@@ -175,17 +175,18 @@ class TopAnyRouter(Router):
         with torch.autocast(x.device.type, enabled=False):
             x = exact(x)
             cosine = self.cosine(x)
+            limit: Tensor = self.threshold
             if self.training and not recomputing():
-                self._calibrate(cosine, mask)
+                limit = self._calibrate(cosine, mask)
             score = torch.sigmoid(self.scale * cosine)
-            threshold = torch.sigmoid(self.scale * exact(self.threshold))
+            threshold = torch.sigmoid(self.scale * exact(limit))
             live = self.active.expand_as(score)
             if mask is not None:
                 live = live & mask[:, None]
             margin = score - threshold
             # a sigmoid of a large scale rounds to 1, where only cosines still tell above from below
             released = self.options.published
-            above = margin > 0 if released else cosine > exact(self.threshold)
+            above = margin > 0 if released else cosine > exact(limit)
             opened = above & live
             hear = not released and self.options.closed_gates != "none"
             gates = open_gates(margin, opened, live if hear else opened)
@@ -276,28 +277,30 @@ class TopAnyRouter(Router):
             weighted["target_k"] = (weight.target_k or 0.01) * value
         return weighted
 
-    @torch.no_grad()
-    def _calibrate(self, cosine: Tensor, mask: Tensor | None) -> None:
+    def _calibrate(self, cosine: Tensor, mask: Tensor | None) -> Tensor:
         """Start thresholds at the quantile of the first batches that opens ``start_k`` gates.
 
-        With several ranks the first training forwards are a stated boundary: all take part.
+        Returns the threshold to use.
         """
-        seen = int(self.calibrated)
-        if seen >= (self.options.calibration or 0):
-            return
-        real = cosine if mask is None else cosine[mask]
-        wanted = self.options.target_k or self.options.start_k
+        options = self.options
+        if not options.calibration:
+            return self.threshold
+        wanted = options.target_k or options.start_k
         assert wanted is not None
         # with missing experts tokens must be left unserved, or none would ever be missed
-        by_slots = self.options.adapt is not None and self.options.adapt.share == "slots"
-        experts = self.slots_count if by_slots else int(self.active.sum())
-        share = min(1.0, wanted / experts)
-        quantile = batch_quantile(real, 1.0 - share)
-        if quantile is None:
-            return
-        moved = self.threshold + (quantile - self.threshold) / (seen + 1)
-        self.threshold.copy_(torch.where(self.active, moved, self.threshold))
-        self.calibrated += 1
+        by_slots = options.adapt is not None and options.adapt.share == "slots"
+        arguments = (float(wanted), by_slots, options.calibration)
+        before = self.threshold
+        if not torch.compiler.is_compiling():
+            _calibrate(cosine.detach(), mask, before, self.calibrated, self.active, *arguments)
+            return self.threshold
+        # in a graph it is an operator, which sees at run time how many batches there were. What
+        # it changed is not read again: generated code would reuse its memory in backward
+        with torch.no_grad():
+            after: Tensor = _calibrate_operator(
+                cosine.detach(), mask, before, self.calibrated, self.active, *arguments
+            )
+        return after + (before - before.detach()) if before.requires_grad else after
 
     @torch.no_grad()
     def update_thresholds(self, load: Tensor, tokens: Tensor) -> None:
@@ -312,6 +315,54 @@ class TopAnyRouter(Router):
         error = ((load - target) / target).clamp(-1.0, 1.0).to(self.threshold.dtype)
         moved = self.threshold + self.options.rate / math.sqrt(self.dim) * error
         self.threshold.copy_(torch.where(self.active, moved.clamp(-1.0, 1.0), self.threshold))
+
+
+@torch.no_grad()
+def _calibrate(
+    cosine: Tensor,
+    mask: Tensor | None,
+    threshold: Tensor,
+    calibrated: Tensor,
+    active: Tensor,
+    wanted: float,
+    by_slots: bool,
+    batches: int,
+) -> None:
+    """Move ``threshold`` to the mean over batches of the quantile that opens ``wanted`` gates.
+
+    With several ranks the first training forwards are a stated boundary: all take part.
+    """
+    seen = int(calibrated)
+    if seen >= batches or recomputing():
+        return
+    real = cosine if mask is None else cosine[mask]
+    share = min(1.0, wanted / (active.shape[0] if by_slots else int(active.sum())))
+    quantile = batch_quantile(real, 1.0 - share)
+    if quantile is None:
+        return
+    moved = threshold + (quantile - threshold) / (seen + 1)
+    threshold.copy_(torch.where(active, moved, threshold))
+    calibrated += 1
+
+
+@torch.library.custom_op("sparing::calibrate", mutates_args=("threshold", "calibrated"))
+def _calibrate_operator(
+    cosine: Tensor,
+    mask: Tensor | None,
+    threshold: Tensor,
+    calibrated: Tensor,
+    active: Tensor,
+    wanted: float,
+    by_slots: bool,
+    batches: int,
+) -> Tensor:
+    _calibrate(cosine, mask, threshold, calibrated, active, wanted, by_slots, batches)
+    return threshold.clone()
+
+
+@_calibrate_operator.register_fake
+def _(cosine: Tensor, mask: Tensor | None, threshold: Tensor, *_arguments: Any) -> Tensor:
+    return torch.empty_like(threshold)
 
 
 @final

@@ -31,6 +31,8 @@ def choose_backend(
         return "loop"
     few = rows is not None and rows < FEW_ROWS_EACH * experts
     if device == "cpu":
+        if rows is not None and rows <= 8 * experts and not grad:
+            return "streamed"
         return "grouped" if few and aligned else "loop"
     if rows is not None and rows <= FEW_ROWS and not grad:
         return "gathered"

@@ -7,6 +7,7 @@ its first call would import the compiler (seconds), and each call costs about 0.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from typing import Any, Protocol, cast, final
 
@@ -14,7 +15,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sparing.experts.backends import gathered, grouped, loop, padded
+from sparing.core.errors import RequestError
+from sparing.experts.backends import gathered, grouped, loop, padded, streamed
+from sparing.experts.backends.choice import choose_backend
 from sparing.experts.backends.parts import Forward, Grads, Needs, Nets, Rows
 
 
@@ -30,9 +33,44 @@ class Backend(Protocol):
         """Gradients from the gradient of the output."""
 
 
+@final
+class _Scattered:
+    """The Triton backend, imported when it is first used: triton is large, and often absent."""
+
+    def forward(self, x: Tensor, rows: Rows, nets: Nets, *, save: bool, means: bool) -> Forward:
+        return _kernels(x).forward(x, rows, nets, save=save, means=means)
+
+    def backward(
+        self, grad: Tensor, x: Tensor, rows: Rows, nets: Nets, saved: Forward, needs: Needs
+    ) -> Grads:
+        return _kernels(x).backward(grad, x, rows, nets, saved, needs)
+
+
+def _kernels(x: Tensor) -> Backend:
+    try:
+        module = importlib.import_module("sparing.experts.backends.scattered")
+    except ModuleNotFoundError as error:
+        raise RequestError(
+            'backend="scattered" needs triton: pip install triton, or leave backend at "auto"'
+        ) from error
+    if x.device.type == "cpu" and not module.INTERPRETED:
+        raise RequestError(
+            'backend="scattered" runs on a GPU, or with TRITON_INTERPRET=1 set before Python '
+            'starts; the tokens are on the CPU: leave backend at "auto"'
+        )
+    return cast(Backend, module)
+
+
 BACKENDS = cast(
     "dict[str, Backend]",
-    {"loop": loop, "grouped": grouped, "padded": padded, "gathered": gathered},
+    {
+        "loop": loop,
+        "grouped": grouped,
+        "padded": padded,
+        "gathered": gathered,
+        "streamed": streamed,
+        "scattered": _Scattered(),
+    },
 )
 
 INPUTS = 14
@@ -45,7 +83,11 @@ def apply(
     x: Tensor, rows: Rows, nets: Nets, *, backend: str, save: bool, means: bool
 ) -> tuple[Tensor, Tensor]:
     """y (T, o), differentiable once, and with ``means`` the sums (E, o), else (0,)."""
-    call: Any = _operator if torch.compiler.is_compiling() else _Function.apply
+    compiling = torch.compiler.is_compiling()
+    if not (save or compiling):
+        found = _run(x, rows, nets, backend, save, means)
+        return found.y, found.sums
+    call: Any = _operator if compiling else _Function.apply
     outputs = call(
         x,
         rows.tokens,
@@ -65,12 +107,35 @@ def apply(
     return outputs[0], outputs[-1]
 
 
-def _forward(arguments: Sequence[Any]) -> Forward:
-    x, tokens, weights, counts, k, *nets, activation, backend, save, means = arguments
+def _chosen(backend: str, x: Tensor, rows: Rows, nets: Nets, grad: bool) -> Backend:
+    """The backend of that name; "auto": by the load, known when the numbers are."""
+    if backend == "auto":
+        size = x.dtype.itemsize
+        widths = (x.shape[1], *nets.down.shape[1:])
+        backend = choose_backend(
+            device=x.device.type,
+            dtype=x.dtype,
+            rows=rows.tokens.shape[0],
+            experts=nets.up.shape[0],
+            aligned=all(width * size % 16 == 0 for width in widths),
+            grad=grad,
+        )
+    return BACKENDS[backend]
+
+
+def _run(x: Tensor, rows: Rows, nets: Nets, backend: str, save: bool, means: bool) -> Forward:
+    forward = _chosen(backend, x, rows, nets, save or means).forward
+    if not torch.is_autocast_enabled(x.device.type):  # the context costs more than asking
+        return forward(x, rows, nets, save=save, means=means)
     # the inputs are already in the dtype of the computation
     with torch.autocast(x.device.type, enabled=False):
-        rows = Rows(tokens=tokens, weights=weights, counts=counts, k=k)
-        return BACKENDS[backend].forward(x, rows, _nets(nets, activation), save=save, means=means)
+        return forward(x, rows, nets, save=save, means=means)
+
+
+def _forward(arguments: Sequence[Any]) -> Forward:
+    x, tokens, weights, counts, k, *nets, activation, backend, save, means = arguments
+    rows = Rows(tokens=tokens, weights=weights, counts=counts, k=k)
+    return _run(x, rows, _nets(nets, activation), backend, save, means)
 
 
 def _backward(grad: Tensor, arguments: Sequence[Any], needs: Needs) -> Grads:
@@ -78,7 +143,9 @@ def _backward(grad: Tensor, arguments: Sequence[Any], needs: Needs) -> Grads:
     with torch.autocast(x.device.type, enabled=False):
         rows = Rows(tokens=tokens, weights=weights, counts=counts, k=k)
         saved = Forward(y=grad, a=a, b=b, rows=out, sums=grad)
-        return BACKENDS[backend].backward(grad, x, rows, _nets(nets, activation), saved, needs)
+        stacked = _nets(nets, activation)
+        chosen = _chosen(backend, x, rows, stacked, True)
+        return chosen.backward(grad, x, rows, stacked, saved, needs)
 
 
 def _nets(tensors: Sequence[Any], activation: str) -> Nets:
@@ -244,3 +311,58 @@ def _operator_gradients(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None,
 
 
 _operator.register_autograd(_operator_gradients, setup_context=_setup)
+
+
+def infer(x: Tensor, chosen: Tensor, shares: Tensor, nets: Nets, *, backend: str) -> Tensor:
+    """y (T, o) without gradient, inside of a graph; chosen: (T, E) bool, shares: (T, E).
+
+    One operator of fixed shapes: neither the graph nor its guards know how many rows there are.
+    """
+    found: Tensor = torch.ops.sparing.infer(
+        x,
+        chosen,
+        shares,
+        nets.gate,
+        nets.up,
+        nets.up_bias,
+        nets.down,
+        nets.down_bias,
+        nets.activation,
+        backend,
+    )
+    return found
+
+
+def _infer(x: Tensor, chosen: Tensor, shares: Tensor, *arguments: Any) -> Tensor:
+    *tensors, activation, backend = arguments
+    nets = _nets(tensors, activation)
+    alone = x.shape[0] == 1 and x.device.type == "cpu" and x.dtype in streamed.EXACT
+    if alone and backend in ("auto", "streamed"):
+        weights = shares.tolist()[0]
+        picked = [e for e, taken in enumerate(chosen.tolist()[0]) if taken]
+        return streamed.one_token(x, picked, [weights[e] for e in picked], nets)
+    by_expert = chosen.t().contiguous()
+    rows = Rows(
+        tokens=by_expert.nonzero()[:, 1],
+        weights=torch.masked_select(shares.t(), by_expert),
+        counts=by_expert.sum(1),
+        k=chosen.sum(1),
+    )
+    return _run(x, rows, nets, backend, save=False, means=False).y
+
+
+_library: Any = cast(Any, torch.library).Library("sparing", "FRAGMENT")
+# not a custom_op: its checks at each call cost as much as reading half an expert
+_library.define(
+    "infer(Tensor x, Tensor chosen, Tensor shares, Tensor? gate, Tensor up, Tensor? up_bias, "
+    "Tensor down, Tensor? down_bias, str activation, str backend) -> Tensor"
+)
+_library.impl("infer", _infer, "CompositeExplicitAutograd")
+
+
+def _infer_shape(x: Tensor, chosen: Tensor, shares: Tensor, *arguments: Any) -> Tensor:
+    down: Tensor = arguments[3]
+    return x.new_empty(x.shape[0], down.shape[1])
+
+
+torch.library.register_fake("sparing::infer", _infer_shape, lib=_library)
