@@ -36,15 +36,23 @@ class Tune:
     """Settings chosen once per arm by the same rule: all values of ``keys`` in every combination.
 
     They are tried with the overrides ``set`` (which must choose other held-out data than the
-    comparison's) and with ``seed``; the best metric is taken, the first of equal ones.
+    comparison's), with ``seed``, for the share ``part`` of the budget. The first combination is
+    kept unless the best metric is better by more than ``better_by``, in the metric's unit: what
+    chance alone moves should not decide.
     """
 
     keys: dict[str, list[Any]]
     set: dict[str, Any] = field(default_factory=dict)
     seed: int = 1000
+    part: float = 1.0
+    better_by: float = 0.0
 
     def __post_init__(self) -> None:
         require_whole("tune.seed", self.seed, 0)
+        if not 0 < self.part <= 1:
+            raise RequestError(f"tune.part must be in (0, 1], got {self.part}")
+        if not self.better_by >= 0:
+            raise RequestError(f"tune.better_by must be at least 0, got {self.better_by}")
         if not self.keys or not all(self.keys.values()):
             raise RequestError(
                 "tune.keys must name at least one key, each with the values to try, such as "

@@ -374,6 +374,28 @@ def test_each_arm_gets_its_best_rate_on_other_data(recipe, tmp_path):
     }
 
 
+def test_what_chance_moves_does_not_choose_a_rate(recipe, tmp_path):
+    rule = {"keys": {"train.learning_rate": [0.002, 0.01, 0.003]}, "part": 0.25,
+            "set": {"task.split": "development"}, "better_by": 0.005}  # fmt: skip
+    launch = ForShow(by_rate)  # worse by 0.001 and 0.008 at the first rate
+    tuned = RECIPE["compare"] | {"tune": rule}
+    found = run_comparison(asked(recipe(compare=tuned), tmp_path), launch=launch)
+    chosen = {arm.name: arm.declared["tuning"]["chosen"] for arm in found.arms}
+    assert chosen["plain"] == {"train.learning_rate": 0.002}
+    assert chosen["wide"] == {"train.learning_rate": 0.01}
+    tokens = [yaml.safe_load((job.out / "recipe.yaml").read_text())["train"]["tokens"]
+              for job in launch.jobs]  # fmt: skip
+    assert {4 * short for short in tokens[:6]} == set(tokens[6:])
+
+
+@pytest.mark.parametrize("wrong", [{"part": 0}, {"part": 1.5}, {"better_by": -1}])
+def test_a_wrong_rule_to_choose_by_is_refused(recipe, tmp_path, wrong):
+    rule = {"keys": {"train.learning_rate": [0.002]}, "set": {"task.split": "development"}, **wrong}
+    compare = RECIPE["compare"] | {"tune": rule}
+    with pytest.raises(RequestError, match=f"tune.{next(iter(wrong))} must be"):
+        run_comparison(asked(recipe(compare=compare), tmp_path), launch=ForShow(by_width))
+
+
 def test_tuning_that_was_cut_goes_on(recipe, tmp_path):
     launch = ForShow(by_rate, cut_at=2)
     with pytest.raises(Cut):

@@ -206,10 +206,11 @@ class _Work:
         tries = list(tune.settings(self.tuning))
         jobs = {}
         for planned in todo:
+            train = planned.load(self.asked).train
             for tried in tries:
                 place = tune.place(self.asked.out, planned, tried)
                 overrides = [*planned.overrides(), *self._fixed()]
-                overrides += tune.overrides(self.tuning, tried)
+                overrides += tune.overrides(self.tuning, tried, train)
                 name = f"{planned.name}, tuning {place.name}"
                 jobs[place] = self._job(name, -1, place, overrides)
         self.pool.run(list(jobs.values()))

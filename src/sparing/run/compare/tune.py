@@ -11,6 +11,7 @@ from sparing.core.state import atomic_write_json
 from sparing.run.compare.arms import Planned, as_overrides
 from sparing.run.compare.found import Found, read_json
 from sparing.run.declared import Tune
+from sparing.run.recipe import Train
 
 FILE = "tuning.json"
 
@@ -39,9 +40,20 @@ def place(directory: Path, planned: Planned, tried: dict[str, Any]) -> Path:
     return directory / "tuning" / planned.slug / name.replace("/", "-")
 
 
-def overrides(tune: Tune, tried: dict[str, Any]) -> list[str]:
-    """What a run of one combination adds to its arm."""
-    return [*as_overrides({**tune.set, **tried}), f"seed={tune.seed}"]
+def overrides(tune: Tune, tried: dict[str, Any], train: Train) -> list[str]:
+    """What a run of one combination adds to its arm, which trains by ``train``."""
+    budget = {
+        f"train.{unit}": max(1, round(tune.part * whole))
+        for unit, whole in (("tokens", train.tokens), ("epochs", train.epochs))
+        if whole is not None and tune.part < 1
+    }
+    return [*as_overrides({**budget, **tune.set, **tried}), f"seed={tune.seed}"]
+
+
+def _at_the_end(value: Any, values: Sequence[Any]) -> bool:
+    """Whether a better value may lie beyond those tried; only numbers have an order."""
+    numbers = [v for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
+    return 1 < len(values) == len(numbers) and value in (min(numbers), max(numbers))
 
 
 def choose(tune: Tune, runs: Sequence[tuple[dict[str, Any], Found]]) -> dict[str, Any] | None:
@@ -56,6 +68,8 @@ def choose(tune: Tune, runs: Sequence[tuple[dict[str, Any], Found]]) -> dict[str
         "chosen": {},
         "seed": tune.seed,
         "set": tune.set,
+        "part": tune.part,
+        "better_by": tune.better_by,
         "tried": [
             {"set": tried, "value": run.value if run.state == "finished" else None}
             for tried, run in runs
@@ -64,11 +78,9 @@ def choose(tune: Tune, runs: Sequence[tuple[dict[str, Any], Found]]) -> dict[str
     if not good:
         return {**told, "note": "every combination diverged; the recipe's own values are used"}
     sign = -1 if good[0][1].summary["metric"]["higher_is_better"] else 1
-    best = min(good, key=lambda each: sign * each[1].value)[0]
-    edges = [
-        key
-        for key, values in tune.keys.items()
-        if len(values) > 1 and best[key] in (values[0], values[-1])
-    ]
+    best, found = min(good, key=lambda each: sign * each[1].value)
+    if good[0][0] == runs[0][0] and sign * (good[0][1].value - found.value) <= tune.better_by:
+        best = runs[0][0]
+    edges = [key for key, values in tune.keys.items() if _at_the_end(best[key], values)]
     note = f"the best {', '.join(edges)} is at the end of what was tried" if edges else ""
     return {**told, "chosen": best, "note": note}
