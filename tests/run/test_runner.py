@@ -180,6 +180,18 @@ def test_the_model_of_a_run_can_be_loaded_and_the_loss_fell(unkilled):
     assert summary["methods"]["dynmoe"]["updates"] > 2
 
 
+def test_a_model_without_experts_is_left_as_transformers_reads_it(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    without = tiny("methods={}")
+    run(without, tmp_path / "dense")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense" / "model")
+    task = without.build_task()
+    task.prepare(0)
+    summary = json.loads((tmp_path / "dense" / "summary.json").read_text())
+    assert task.evaluate(model) == summary["metrics"]
+
+
 def test_a_run_depends_on_its_seed_and_on_nothing_else_drawn(unkilled, tmp_path, monkeypatch):
     drawn: list[float] = []
     losses = Language.losses

@@ -22,10 +22,11 @@ class Samples(Protocol):
 class Task(Protocol):
     """Constructed from the recipe's options; ``prepare`` loads the data and is called once.
 
-    Two more are optional. ``evaluation``, a tuple of option names: those that decide data and
+    Three more are optional. ``evaluation``, a tuple of option names: those that decide data and
     evaluation, which the arms of a comparison must share. ``documents(model)``, {domain: (n,)
     float64 Tensor}: the metric of each held-out document, whose mean over a domain's documents,
-    then over domains, is the metric; comparisons resample them.
+    then over domains, is the metric; comparisons resample them. ``export(model, path)``: writes a
+    trained model that no method has written, to the directory ``path``, whole or not at all.
     """
 
     name: ClassVar[str]

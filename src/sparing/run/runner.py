@@ -308,11 +308,14 @@ class _Run:
             if hasattr(task, "documents"):
                 self.directory.write_documents(task.documents(model))
             shown = task.page(model, self.recipe.seed)
+            place = self.directory.path / "model"
             for method in session.methods:
-                method.export(model, self.directory.path / "model")
+                method.export(model, place)
                 shown |= method.page(
                     model, shown.get("passages", []), lambda passage: task.read(model, passage)
                 )
+            if not place.exists() and hasattr(task, "export"):
+                task.export(model, place)
         shown |= {"domains": list(task.domains), "references": task.references()}
         shown["command"] = command
         self.directory.write_json("page.json", shown)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, ClassVar, NoReturn, final
 
 import torch
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparing.core.errors import RequestError, nearest
+from sparing.core.state import replacing
 from sparing.core.task import Samples
 from sparing.tasks.language import corpus, reference
 from sparing.tasks.language.dataset import Windows, held_out_windows, passages
@@ -184,6 +186,12 @@ class Language:
                     parts.append(self.losses(model, batch)[0].double().cpu())
                 found[name] = torch.cat(parts) / math.log(2)
         return found
+
+    def export(self, model: nn.Module, path: Path) -> None:
+        """Write a model without experts as transformers reads it, whole or not at all."""
+        saved: Any = model
+        with replacing(path) as aside:
+            saved.save_pretrained(aside)
 
     def references(self) -> dict[str, dict[str, float]]:
         """Bits per byte of 5-gram models and xz, by domain and ``"mean"``; see ``reference``."""
