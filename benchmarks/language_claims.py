@@ -42,7 +42,7 @@ JUDGE = "top-k 2"
 
 
 def frontier(found: sparing.Comparison, margin: str) -> dict[str, Any]:
-    """Each adaptive arm against the top-k arms interpolated at its compute, and the best of them."""
+    """Each adaptive arm against the line through the top-k arms, and against the best of them."""
     limit = parse_margin(margin, found.metric, found.higher_is_better)
     fixed = {arm.name: arm for arm in found.arms if TOP_K.fullmatch(arm.name) and arm.finished}
     told: dict[str, Any] = {}
@@ -147,7 +147,9 @@ def _bits(model: Any, task: Any) -> tuple[np.ndarray, np.ndarray]:
     layers = expert_layers(model)
     taken: list[list[torch.Tensor]] = [[] for _ in layers]
     hooks = [
-        layer.router.register_forward_hook(lambda _m, _a, routing, into=into: into.append(routing.k))
+        layer.router.register_forward_hook(
+            lambda _m, _a, routing, into=into: into.append(routing.k)
+        )
         for layer, into in zip(layers, taken, strict=True)
     ]
     bits = []
@@ -155,7 +157,9 @@ def _bits(model: Any, task: Any) -> tuple[np.ndarray, np.ndarray]:
         for _starts, windows in task._held_out.values():
             for part in torch.split(windows, task.options.eval_batch):
                 logits = model(input_ids=part[:, :-1], use_cache=False).logits
-                each = F.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten(), reduction="none")
+                each = F.cross_entropy(
+                    logits.flatten(0, 1), part[:, 1:].flatten(), reduction="none"
+                )
                 bits.append(each / math.log(2))
     for hook in hooks:
         hook.remove()

@@ -7,6 +7,7 @@ import hashlib
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 from arms_on_disk import MARGIN, arms_on_disk, diverge, edit
@@ -74,6 +75,18 @@ def test_the_page_is_one_file_whose_only_script_is_the_one_it_allows(source):
     assert "default-src 'none'" in policy
     ids = [attrs["id"] for _, attrs in found.tags if "id" in attrs]
     assert len(ids) == len(set(ids))
+
+
+def test_runs_below_the_page_are_linked(tmp_path):
+    arms = arms_on_disk(tmp_path / "arms of today")
+    first = arms["dense"][0]
+    (first / "report.html").write_text("a page", encoding="utf-8")
+    links = [attrs["href"] for attrs in Page(write(tmp_path, arms)).all("a")]
+    assert len(links) == 1
+    assert (tmp_path / unquote(links[0])).read_text() == "a page"
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    assert not Page(write(elsewhere, arms)).all("a")
 
 
 def test_each_axis_has_a_plot_and_the_first_shows_without_a_script(source):

@@ -128,7 +128,9 @@ def choose(asked: Asked) -> tuple[list[Planned], Compared]:
     else:
         for name in asked.arms:
             if name not in known:
-                raise unknown("arm", name, known)
+                # every adaptive arm has one by chance: too many to list beside the declared ones
+                listed = known if name.startswith(RANDOM.split()[0]) else recipe.arms
+                raise unknown("arm", name, listed)
         chosen = [p for p in known.values() if p.name in asked.arms]
     _check(chosen, compared)
     return sorted(chosen, key=lambda p: p.waits_for is not None), compared

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import quote
 
 from sparing.run.report import words
 from sparing.run.report.charts import Chart, Line, Mark, axis, chart
@@ -78,8 +80,11 @@ def _drawn(interval: Any, margin: tuple[float, float], reach: float) -> dict[str
     }
 
 
-def rows(comparison: Comparison) -> list[dict[str, Any]]:
-    """Every arm with the metric of every seed, marked where something is not as usual."""
+def rows(comparison: Comparison, place: Path) -> list[dict[str, Any]]:
+    """Every arm with the metric of every seed, marked where something is not as usual.
+
+    A run whose page lies below the directory ``place``, where this page goes, is linked to it.
+    """
     usual = comparison.code
     seeds = sorted({run.seed for arm in comparison.arms for run in arm.runs}, key=str)
     found = []
@@ -97,6 +102,7 @@ def rows(comparison: Comparison) -> list[dict[str, Any]]:
                         "text": f"{run.value:.3f}" + "†" * other,
                         "title": f"made by other code, {run.code[:12]}" if other else "",
                         "state": "other" if other else "finished",
+                        "page": _link(run.path / "report.html", place),
                     }
                 )
             else:
@@ -119,6 +125,14 @@ def rows(comparison: Comparison) -> list[dict[str, Any]]:
             }
         )
     return found
+
+
+def _link(page: Path, place: Path) -> str:
+    """The way from ``place`` down to ``page``, "" if there is none: pages are moved together."""
+    page, place = page.resolve(), place.resolve()
+    if not page.is_relative_to(place) or not page.is_file():
+        return ""
+    return quote(page.relative_to(place).as_posix())
 
 
 def settings(comparison: Comparison) -> list[dict[str, Any]]:

@@ -50,7 +50,7 @@ def write(comparison: Comparison, path: Path) -> Path:
         plots=plots(comparison),
         differences=differences(comparison),
         charts=curves(comparison),
-        rows=rows(comparison),
+        rows=rows(comparison, path.parent),
         seeds=sorted({run.seed for arm in comparison.arms for run in arm.runs}, key=str),
         settings=settings(comparison),
         command=str(about.get("command") or ""),
