@@ -149,14 +149,6 @@ class ExpertChoice(RoutedExperts):
     causal: ClassVar[bool] = False
     Options = ExpertChoiceOptions
 
-    @property
-    def slots(self) -> int:
-        return int(self.options.experts)
-
-    @property
-    def expected_k(self) -> float:
-        return float(self.options.k)
-
     def router(self, dim: int, seed: int = 0) -> ExpertChoiceRouter:
         return ExpertChoiceRouter(dim, self.options, seed)
 

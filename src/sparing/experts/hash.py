@@ -86,13 +86,5 @@ class HashExperts(RoutedExperts):
     chooses: ClassVar[bool] = False
     Options = HashExpertsOptions
 
-    @property
-    def slots(self) -> int:
-        return int(self.options.experts)
-
-    @property
-    def expected_k(self) -> float:
-        return float(self.options.k)
-
     def router(self, dim: int, seed: int = 0) -> HashRouter:
         return HashRouter(dim, self.options, seed)

@@ -122,14 +122,14 @@ class RoutedExperts(Method, abc.ABC):
         """A new router for tokens of size ``dim``."""
 
     @property
-    @abc.abstractmethod
     def slots(self) -> int:
         """How many expert slots each layer has."""
+        return int(self.options.experts)
 
     @property
-    @abc.abstractmethod
     def expected_k(self) -> float:
         """Experts per token to plan with."""
+        return float(self.options.k)
 
     @classmethod
     def at_random(

@@ -94,13 +94,5 @@ class NoisyTopK(RoutedExperts):
     name: ClassVar[str] = "noisy-top-k"
     Options = NoisyTopKOptions
 
-    @property
-    def slots(self) -> int:
-        return int(self.options.experts)
-
-    @property
-    def expected_k(self) -> float:
-        return float(self.options.k)
-
     def router(self, dim: int, seed: int = 0) -> NoisyTopKRouter:
         return NoisyTopKRouter(dim, self.options, seed)

@@ -109,13 +109,5 @@ class RandomExperts(RoutedExperts):
     chooses: ClassVar[bool] = False
     Options = RandomExpertsOptions
 
-    @property
-    def slots(self) -> int:
-        return int(self.options.experts)
-
-    @property
-    def expected_k(self) -> float:
-        return float(self.options.k)
-
     def router(self, dim: int, seed: int = 0) -> RandomRouter:
         return RandomRouter(dim, self.options, seed)

@@ -191,10 +191,6 @@ class ReLURouter(RoutedExperts):
     Options = ReLUOptions
 
     @property
-    def slots(self) -> int:
-        return int(self.options.experts)
-
-    @property
     def expected_k(self) -> float:
         # what it comes to; for the first hundred steps or so of a "half" start it is more
         least = 1.0 if self.options.fallback == "best" else 0.0

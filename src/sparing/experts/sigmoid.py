@@ -103,13 +103,5 @@ class SigmoidTopK(RoutedExperts):
     name: ClassVar[str] = "sigmoid-top-k"
     Options = SigmoidTopKOptions
 
-    @property
-    def slots(self) -> int:
-        return int(self.options.experts)
-
-    @property
-    def expected_k(self) -> float:
-        return float(self.options.k)
-
     def router(self, dim: int, seed: int = 0) -> SigmoidTopKRouter:
         return SigmoidTopKRouter(dim, self.options, seed)

@@ -63,10 +63,6 @@ class Switch(RoutedExperts):
     Options = SwitchOptions
 
     @property
-    def slots(self) -> int:
-        return int(self.options.experts)
-
-    @property
     def expected_k(self) -> float:
         return 1.0
 

@@ -102,10 +102,6 @@ class TopK(RoutedExperts):
     Options = TopKOptions
 
     @property
-    def slots(self) -> int:
-        return int(self.options.experts)
-
-    @property
     def expected_k(self) -> float:
         options = self.options
         # of k, null experts take their share, which the balance loss keeps near even

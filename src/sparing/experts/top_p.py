@@ -230,10 +230,6 @@ class TopP(RoutedExperts):
     Options = TopPOptions
 
     @property
-    def slots(self) -> int:
-        return int(self.options.experts)
-
-    @property
     def expected_k(self) -> float:
         if self.options.target_k is not None:
             return float(self.options.target_k)

@@ -24,17 +24,17 @@ class Judgement:
     n: int
     mean_arm: float
     mean_baseline: float
-    paired: Interval | None
-    unpaired: Interval | None
-    bootstrap: Interval | None
-    documents: Interval | None
-    p_low: float | None
-    p_high: float | None
-    p_difference: float | None
+    paired: Interval | None = None
+    unpaired: Interval | None = None
+    bootstrap: Interval | None = None
+    documents: Interval | None = None
+    p_low: float | None = None
+    p_high: float | None = None
+    p_difference: float | None = None
     alpha: float
-    verdict: Verdict | None
+    verdict: Verdict | None = None
     why: str
-    seeds_needed: int | None
+    seeds_needed: int | None = None
     notes: list[str]
 
     def to_dict(self) -> dict[str, Any]:

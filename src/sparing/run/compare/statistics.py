@@ -172,18 +172,7 @@ def _no_verdict(shared: dict[str, Any]) -> Judgement:
         why = "arm and baseline have no seed in common, so nothing can be paired: no verdict"
     else:
         why = "one seed in common says nothing about the spread: no interval and no verdict"
-    return Judgement(
-        paired=None,
-        bootstrap=None,
-        documents=None,
-        p_low=None,
-        p_high=None,
-        p_difference=None,
-        verdict=None,
-        why=f"{why}; run both on at least two common seeds",
-        seeds_needed=None,
-        **shared,
-    )
+    return Judgement(why=f"{why}; run both on at least two common seeds", **shared)
 
 
 def _documents(
