@@ -67,9 +67,10 @@ def diversity(similarity: Tensor, active: Tensor) -> Tensor:
     # of all rows, and masked: the shape of a graph may not depend on how many experts there are
     live = active.to(similarity.dtype)
     rows = F.normalize(similarity, dim=1)
-    gram = (rows @ rows.t()) * live[:, None] * live
+    same = torch.eye(rows.shape[0], dtype=torch.bool, device=rows.device)
+    gram = ((rows @ rows.t()) * live[:, None] * live).masked_fill(same, 0.0)
     count = active.sum()
-    off: Tensor = gram.square().sum() - gram.diagonal().square().sum()
+    off: Tensor = gram.square().sum()
     return off / (count * (count - 1)).clamp_min(1)
 
 
