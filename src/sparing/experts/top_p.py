@@ -26,6 +26,7 @@ from sparing.experts.null import NullExperts, NullOptions
 from sparing.experts.router import Router, exact, normal_
 from sparing.experts.routing import Routing
 
+
 @final
 @dataclass(frozen=True, kw_only=True)
 class TopPOptions(NullOptions):
