@@ -230,7 +230,7 @@ def test_losses_wait_for_as_many_passes_as_there_are() -> None:
     same(step(call, twin, *many), step(layer, layer, *many), 1e-4)
     for _ in range(40):  # a loop that never takes them
         twin.begin()
-        call(tokens(0)).sum().backward()
+        call(tokens(0).requires_grad_()).sum().backward()
     assert counter.frame_count == 1
     assert len(twin.pending) == 16
 
@@ -284,4 +284,5 @@ def test_half_precision_in_a_graph(name: str, autocast: bool) -> None:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
             same(step(call, twin, x), step(layer, layer, x), 2e-2)
         same(seen(twin), seen(layer), 2e-2)
-    assert counter.frame_count == 1
+    # the first pass of bfloat16 tokens gives the record's inputs their dtype
+    assert counter.frame_count == (1 if autocast else 2)
