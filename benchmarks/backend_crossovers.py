@@ -1,13 +1,13 @@
 """Which backend is fastest for which load, on a processor: what choice.py's table is read from.
 
-Every backend on the same random routings, exactly k experts a token: T tokens, E experts, in
-single and half precision, forward alone and with backward. One thread, by processor time, so that
-other work on the machine disturbs little; medians of calls in turns. Writes
-benchmarks/records/backend_crossovers.json.
+Every backend on the same random routings, exactly k experts a token, in single and half precision,
+forward alone and with backward. One thread, by processor time, so that other work on the machine
+disturbs little; medians of calls in turns. The record is written after every point, and what it
+holds is not measured again: stop it whenever you like, or run it in slices.
 
-    python benchmarks/backend_crossovers.py [--repetitions N] [--fit]
+    python benchmarks/backend_crossovers.py [--slice SECONDS] [--fit]
 
-``--fit`` measures nothing: it reads the record and prints the table that loses least.
+``--fit`` measures nothing: it reads the record and prints the borders that lose least.
 """
 
 from __future__ import annotations
@@ -25,27 +25,28 @@ from record import RECORDS, in_turns, spread, write
 from sparing.experts.experts import Experts
 from sparing.experts.routing import Routing
 
-DIM, WIDTH = 256, 512
-TOKENS = (1, 2, 4, 8, 16, 32, 64, 256, 1024, 4096)
-CHOSEN = (1, 2, 4)
-SLOTS = (8, 16, 64)
+TOKENS = (1, 4, 16, 64, 256, 1024)
+LOADS = (
+    # dim, width, experts, k, tokens
+    (256, 512, 8, 2, TOKENS),
+    (256, 512, 64, 4, TOKENS),
+    (576, 1536, 8, 2, TOKENS[:-1]),
+)
 DTYPES = ("float32", "bfloat16")
-BACKENDS = ("loop", "grouped", "padded", "gathered", "streamed", "dense")
+BACKENDS = ("loop", "grouped", "padded", "gathered", "streamed")
 NAME = "backend_crossovers"
 MOST_COPIED = 64
-"""Rows up to which gathered weights are measured: each row copies an expert, 1.5 MB here."""
+"""Rows up to which gathered weights are measured: each row copies an expert's."""
 
-MOST_WASTED = 16
-"""Dense is measured up to this many times the work that was asked for."""
+SECONDS = 0.25
+"""About so long each backend is measured at each point."""
 
 
-def sensible(backend: str, tokens: int, k: int, slots: int, grad: bool) -> bool:
+def sensible(backend: str, rows: int, grad: bool) -> bool:
     """Whether a measurement could be other than hopeless; what is not measured is not best."""
     if backend == "gathered":
-        return tokens * k <= MOST_COPIED
-    if backend == "streamed":
-        return not grad
-    return backend != "dense" or (slots <= MOST_WASTED * k and tokens * slots <= 2**16)
+        return rows <= MOST_COPIED
+    return backend != "streamed" or not grad
 
 
 def call(experts: Experts, tokens: int, k: int, grad: bool, backend: str) -> Callable[[], Any]:
@@ -55,8 +56,8 @@ def call(experts: Experts, tokens: int, k: int, grad: bool, backend: str) -> Cal
     picked = torch.rand(tokens, slots, generator=draw).topk(k).indices
     chosen = torch.zeros(tokens, slots, dtype=torch.bool).scatter_(1, picked, True)
     weights = torch.rand(tokens, slots, generator=draw)
-    x = torch.randn(tokens, DIM, generator=draw).to(dtype).requires_grad_(grad)
-    gradient = torch.randn(tokens, DIM, generator=draw).to(dtype)
+    x = torch.randn(tokens, experts.dim, generator=draw).to(dtype).requires_grad_(grad)
+    gradient = torch.randn(tokens, experts.dim, generator=draw).to(dtype)
     routing = Routing.from_map(chosen, weights)
     routing.weights.requires_grad_(grad)
     inputs = [x, routing.weights, *experts.parameters()]
@@ -71,44 +72,75 @@ def call(experts: Experts, tokens: int, k: int, grad: bool, backend: str) -> Cal
     return both if grad else forward
 
 
-def repetitions(function: Callable[[], Any], most: int) -> int:
-    """Fewer of what takes long: about half a second of work for each function."""
+def repetitions(function: Callable[[], Any]) -> int:
+    """Fewer of what takes long."""
     function()
     start = time.process_time()
     function()
-    return max(3, min(most, int(0.5 / max(time.process_time() - start, 1e-6))))
+    return max(3, min(15, int(SECONDS / max(time.process_time() - start, 1e-6))))
 
 
-def measure(most: int) -> dict[str, Any]:
-    """Microseconds of each backend at each point."""
-    points = []
-    for dtype, slots in itertools.product(DTYPES, SLOTS):
-        experts = Experts(DIM, WIDTH, slots)
-        experts.init_(generator=torch.Generator().manual_seed(0))
-        experts.to(getattr(torch, dtype))
-        for grad, k, tokens in itertools.product((False, True), CHOSEN, TOKENS):
-            functions = {
-                name: call(experts, tokens, k, grad, name)
-                for name in BACKENDS
-                if sensible(name, tokens, k, slots, grad)
+def points() -> Any:
+    """Every point to measure, as the record describes it, without its figures."""
+    for dtype, (dim, width, experts, k, tokens), grad in itertools.product(
+        DTYPES, LOADS, (False, True)
+    ):
+        for count in tokens:
+            yield {
+                "dtype": dtype,
+                "dim": dim,
+                "width": width,
+                "experts": experts,
+                "k": k,
+                "tokens": count,
+                "rows": count * k,
+                "grad": grad,
             }
-            n = min(repetitions(function, most) for function in functions.values())
-            times = in_turns(functions, repetitions=n, warm_up=1)
-            found = {name: spread([s * 1e6 for s in t["cpu"]], 1) for name, t in times.items()}
-            points.append(
-                {
-                    "dtype": dtype,
-                    "experts": slots,
-                    "k": k,
-                    "tokens": tokens,
-                    "rows": tokens * k,
-                    "grad": grad,
-                    "microseconds": found,
-                    "best": min(found, key=lambda name: found[name]["median"]),
-                }
-            )
-        print(dtype, slots, time.strftime("%H:%M:%S"), flush=True)
-    return {"sizes": f"d={DIM} f={WIDTH} SwiGLU, 1 thread, processor time", "points": points}
+
+
+def measure(point: dict[str, Any], experts: Experts) -> dict[str, Any]:
+    """The point with the microseconds of each backend."""
+    functions = {
+        name: call(experts, point["tokens"], point["k"], point["grad"], name)
+        for name in BACKENDS
+        if sensible(name, point["rows"], point["grad"])
+    }
+    n = min(repetitions(function) for function in functions.values())
+    times = in_turns(functions, repetitions=n, warm_up=1)
+    found = {name: spread([s * 1e6 for s in t["cpu"]], 1) for name, t in times.items()}
+    best = min(found, key=lambda name: found[name]["median"])
+    return {**point, "microseconds": found, "best": best}
+
+
+def recorded() -> list[dict[str, Any]]:
+    """The points that the record holds."""
+    path = RECORDS / f"{NAME}.json"
+    return json.loads(path.read_text())["results"]["points"] if path.exists() else []
+
+
+def run(seconds: float) -> None:
+    """Measure what the record lacks, for about so many seconds."""
+    start, done = time.perf_counter(), recorded()
+    keys = ("dtype", "dim", "width", "experts", "k", "tokens", "grad")
+    known = {tuple(point[key] for key in keys) for point in done}
+    experts, built = None, None
+    for point in points():
+        if tuple(point[key] for key in keys) in known:
+            continue
+        if time.perf_counter() - start > seconds:
+            print("time is over; run it again for the rest")
+            return
+        if built != (point["dtype"], point["dim"], point["experts"]):
+            built = (point["dtype"], point["dim"], point["experts"])
+            experts = Experts(point["dim"], point["width"], point["experts"])
+            experts.init_(generator=torch.Generator().manual_seed(0))
+            experts.to(getattr(torch, point["dtype"]))
+        assert experts is not None
+        done.append(measure(point, experts))
+        what = "SwiGLU, 1 thread, processor time, microseconds"
+        write(NAME, {"what": what, "points": done}, seeds=[0])
+        print(done[-1]["best"], point, flush=True)
+    print("complete")
 
 
 def loss(point: dict[str, Any], backend: str) -> float:
@@ -120,10 +152,10 @@ def loss(point: dict[str, Any], backend: str) -> float:
     return float(found[backend]["median"] / best)
 
 
-def fit(points: list[dict[str, Any]]) -> None:
+def fit(found: list[dict[str, Any]]) -> None:
     """Print, for each dtype and direction, the two borders of rows an expert that lose least."""
     for dtype, grad in itertools.product(DTYPES, (False, True)):
-        here = [p for p in points if p["dtype"] == dtype and p["grad"] == grad]
+        here = [p for p in found if p["dtype"] == dtype and p["grad"] == grad]
         borders = sorted({p["rows"] / p["experts"] for p in here})
         names = [name for name in BACKENDS if any(name in p["microseconds"] for p in here)]
         costs = {
@@ -141,19 +173,22 @@ def fit(points: list[dict[str, Any]]) -> None:
             if total < best[0] - 1e-9:
                 best = (total, (low, high, chosen))
         print(dtype, "with backward" if grad else "forward", best)
+        for p in sorted(here, key=lambda p: p["rows"] / p["experts"]):
+            ratios = {name: round(loss(p, name), 2) for name in p["microseconds"]}
+            print("   ", p["rows"] / p["experts"], (p["dim"], p["experts"], p["tokens"]), ratios)
 
 
 def main() -> None:
     """Measure and write the record, or fit the table to it."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repetitions", type=int, default=9)
+    parser.add_argument("--slice", type=float, default=1e9)
     parser.add_argument("--fit", action="store_true")
     asked = parser.parse_args()
     if asked.fit:
-        fit(json.loads((RECORDS / f"{NAME}.json").read_text())["results"]["points"])
+        fit(recorded())
         return
     torch.set_num_threads(1)
-    write(NAME, measure(asked.repetitions), seeds=[0])
+    run(asked.slice)
 
 
 if __name__ == "__main__":

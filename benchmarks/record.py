@@ -43,11 +43,14 @@ def in_turns(
     warm_up: int = 2,
     patience: float = 0.0,
     before: Callable[[], Any] = lambda: None,
+    untimed: int = 0,
 ) -> dict[str, dict[str, list[float]]]:
     """Call each function once a round, so that a disturbed machine disturbs all of them alike.
 
-    ``before`` runs untimed before each call. Returns {name: {"wall": seconds, "cpu": seconds of
-    all threads of the process, "others": share of the machine that other processes took}}. A
+    ``before`` runs untimed before each call, and then the function itself ``untimed`` times: for
+    what is called again and again, and never after something that emptied the caches. Returns
+    {name: {"wall": seconds, "cpu": seconds of all threads of the process, "others": share of the
+    machine that other processes took}}. A
     round in which others took more than ``QUIET`` of the machine does not count towards
     ``repetitions`` for ``patience`` seconds, and is dropped if enough quiet ones came.
     """
@@ -60,6 +63,8 @@ def in_turns(
             found = {}
             for name, function in functions.items():
                 before()
+                for _ in range(untimed):
+                    function()
                 found[name] = _timed(function)
             rounds.append(found)
             measured = rounds[warm_up:]

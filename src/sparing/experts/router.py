@@ -44,6 +44,13 @@ class Router(nn.Module, abc.ABC):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Routing:
         """Route x: (T, d); mask: (T,) bool, False for padding, which gets no rows."""
 
+    def one(self, x: Tensor) -> tuple[list[int], list[float]] | None:
+        """The experts of one token x: (d,), and their weights, in evaluation without gradient.
+
+        What ``forward`` finds, in plain numbers, for decoding; None: ask ``forward``.
+        """
+        return None
+
     @property
     def tracks_outputs(self) -> bool:
         """Whether routing needs running means of the experts' outputs."""

@@ -23,12 +23,16 @@ from sparing.experts.controller import ControllerOptions
 from sparing.experts.gates import open_gates
 from sparing.experts.losses import LossWeights
 from sparing.experts.method import ExpertOptions, RoutedExperts, nested
+from sparing.experts.one_token import best, softmax
 from sparing.experts.router import Router, exact, orthogonal_rows_
 from sparing.experts.routing import Routing
 
 PUBLISHED_LOSSES = LossWeights(diversity=0.01, simplicity=0.01, balance=0.01, efficiency=0.01)
 
 KNOWN_LOSSES = ("diversity", "simplicity", "balance", "z", "efficiency", "target_k")
+
+CLEAR_COSINE = 1e-5
+"""Closer to its threshold than this, rounding may decide whether a gate opens."""
 
 CHOICES = {
     "weights": ("score", "softmax", "uniform"),
@@ -192,6 +196,33 @@ class TopAnyRouter(Router):
             auxiliary = self._losses(score, cosine, gates, opened, mask) if self.training else {}
             level = (score if released else cosine).detach().masked_fill(~live, -2.0)
             return self._route(score, cosine, gates, opened, level, unserved, auxiliary)
+
+    def one(self, x: Tensor) -> tuple[list[int], list[float]] | None:
+        if self.options.published:
+            return None
+        x, rows = exact(x), exact(self.similarity)
+        lengths = torch.linalg.vector_norm(rows, dim=1).tolist()
+        products = torch.mv(rows, x).tolist()
+        length = torch.linalg.vector_norm(x).item()
+        if not length > torch.finfo(x.dtype).tiny ** 0.5:
+            return None
+        # as F.normalize, which divides by no less
+        cosine = [p / max(n, 1e-12) / length for p, n in zip(products, lengths, strict=True)]
+        live, limits = self.active.tolist(), self.threshold.tolist()
+        over = [c - limit for c, limit in zip(cosine, limits, strict=True)]
+        if not all(abs(o) > CLEAR_COSINE for o in over):
+            return None
+        picked: list[int] | None = [e for e, o in enumerate(over) if o > 0 and live[e]]
+        if not picked:
+            picked = best([self.scale * c for c in cosine], live, 1)
+        if picked is None:
+            return None
+        if self.options.weights == "softmax":
+            return picked, softmax([self.scale * c for c in cosine], picked)
+        if self.options.weights == "score":
+            scores = [1 / (1 + math.exp(-self.scale * cosine[e])) for e in picked]
+            return picked, [score / sum(scores) for score in scores]
+        return picked, [1 / len(picked)] * len(picked)
 
     def _route(
         self,

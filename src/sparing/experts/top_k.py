@@ -17,6 +17,8 @@ from sparing.experts import losses
 from sparing.experts.fixed_k import FixedKRouter, GroupedOptions, Scores
 from sparing.experts.method import RoutedExperts
 from sparing.experts.null import NullExperts, NullOptions
+from sparing.experts.one_token import best, softmax
+from sparing.experts.router import exact
 from sparing.experts.routing import Routing
 
 
@@ -74,6 +76,20 @@ class TopKRouter(FixedKRouter):
         if self.null is not None:
             logits, _ = self.null.join(x, logits, self.active)
         return Scores(logits, logits.masked_fill(~self.live, -torch.inf).softmax(1))
+
+    def one(self, x: Tensor) -> tuple[list[int], list[float]] | None:
+        if self.null is not None or self.groups is not None:
+            return None
+        logits = torch.mv(exact(self.similarity), exact(x)).tolist()
+        live = self.active.tolist()
+        picked = best(logits, live, self.k)
+        if picked is None:
+            return None
+        if self.normalize:
+            return picked, softmax(logits, picked)
+        every = [e for e, there in enumerate(live) if there]
+        shares = dict(zip(every, softmax(logits, every), strict=True))
+        return picked, [shares[e] for e in picked]
 
     def weigh(self, score: Tensor, chosen: Tensor) -> Tensor:
         if self.null is None or not self.normalize:

@@ -19,7 +19,7 @@ BLOCKS = (96, 64, 48)
 """Weight rows multiplied at a time: a block stays in the second cache while it is packed."""
 
 EXACT = (torch.float32, torch.float64)
-"""Dtypes in which the experts' outputs may be summed as they are."""
+"""Dtypes in which the experts' outputs may be summed as they are, and vectors are fast."""
 
 PLAIN_ROWS = 3
 """Up to this many rows the library's own product reads weights as fast as memory gives them."""
@@ -51,7 +51,7 @@ def forward(x: Tensor, rows: Rows, nets: Nets, *, save: bool, means: bool) -> Fo
     """Compute y (T, o); see ``Forward``."""
     if save or means:
         return loop.forward(x, rows, nets, save=save, means=means)
-    if x.shape[0] == 1 and x.dtype in EXACT:
+    if x.shape[0] == 1:
         picked = [expert for expert, count in enumerate(rows.counts.tolist()) if count]
         y = one_token(x, picked, rows.weights.tolist(), nets)
     else:
@@ -65,40 +65,47 @@ def one_token(x: Tensor, picked: list[int], weights: list[float], nets: Nets) ->
     """x (1, d) through the experts picked, times their weights, summed: (1, o).
 
     Every matrix that is read drives code and small tensors out of the cache, and the next call
-    pays for it: so what can be done before is, and as few calls as can be lie between.
+    pays for it: so there are few calls, those of one kind lie together, and nothing is read back.
     """
-    act = ACTIVATIONS[nets.activation]
-    only = x[0]
-    y = only.new_zeros(nets.down.shape[1])
-    hidden = only.new_empty(len(picked), nets.up.shape[1])
-    downs = [nets.down[expert] for expert in picked]
-    _vectors(hidden, nets.up, nets.up_bias, picked, only)
-    if nets.gate is None:
-        act.into(hidden, hidden)
+    if not picked:
+        return x.new_zeros(1, nets.down.shape[1])
+    act = ACTIVATIONS[nets.activation].plain
+    # half precision products of a vector are slower than those of a matrix of one row
+    product = _of_vector if x.dtype in EXACT else F.linear
+    one = x.view(-1) if x.dtype in EXACT else x
+    ups, downs = _slices(nets.up, picked), _slices(nets.down, picked)
+    gates = [] if nets.gate is None else _slices(nets.gate, picked)
+    gates = [product(one, gate) for gate in gates]
+    if nets.up_bias is None:
+        hidden = [product(one, up) for up in ups]
     else:
-        gates = torch.empty_like(hidden)
-        _vectors(gates, nets.gate, None, picked, only)
-        hidden.mul_(act.into(gates, gates))
-    for down, h, weight in zip(downs, hidden.unbind(), weights, strict=True):
-        y.addmv_(down, h, alpha=weight)
+        pairs = zip(ups, _slices(nets.up_bias, picked), strict=True)
+        hidden = [product(one, up, bias) for up, bias in pairs]
+    if gates:
+        hidden = [act(gate).mul_(up) for gate, up in zip(gates, hidden, strict=True)]
+    else:
+        hidden = [act(up) for up in hidden]
+    if x.dtype in EXACT:
+        y = torch.mv(downs[0], hidden[0].mul_(weights[0]))
+        for h, down, weight in zip(hidden[1:], downs[1:], weights[1:], strict=True):
+            y.addmv_(down, h, alpha=weight)
+    else:
+        y = x.new_zeros(nets.down.shape[1], dtype=torch.float32)
+        for h, down, weight in zip(hidden, downs, weights, strict=True):
+            y.add_(F.linear(h, down).view(-1), alpha=weight)
     if nets.down_bias is not None:
-        for expert, weight in zip(picked, weights, strict=True):
-            y.add_(nets.down_bias[expert], alpha=weight)
-    return y.unsqueeze(0)
+        for bias, weight in zip(_slices(nets.down_bias, picked), weights, strict=True):
+            y.add_(bias, alpha=weight)
+    return y.to(x.dtype).view(1, -1)
 
 
-def _vectors(
-    out: Tensor, stacked: Tensor, bias: Tensor | None, picked: list[int], x: Tensor
-) -> None:
-    """out (k, m): the products of x (i,) and the matrices (m, i) of the experts picked."""
-    matrices = [stacked[expert] for expert in picked]
-    if bias is None:
-        for matrix, place in zip(matrices, out.unbind(), strict=True):
-            torch.mv(matrix, x, out=place)
-    else:
-        biases = [bias[expert] for expert in picked]
-        for matrix, one, place in zip(matrices, biases, out.unbind(), strict=True):
-            torch.addmv(one, matrix, x, out=place)
+def _slices(stacked: Tensor, picked: list[int]) -> list[Tensor]:
+    return [stacked.select(0, expert) for expert in picked]
+
+
+def _of_vector(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
+    """matrix (m, i) @ x (i,) + bias (m,)."""
+    return torch.mv(matrix, x) if bias is None else torch.addmv(bias, matrix, x)
 
 
 def _few_tokens(x: Tensor, rows: Rows, nets: Nets) -> Tensor:
