@@ -58,7 +58,7 @@ def call(experts: Experts, tokens: int, k: int, grad: bool, backend: str) -> Cal
     weights = torch.rand(tokens, slots, generator=draw)
     x = torch.randn(tokens, experts.dim, generator=draw).to(dtype).requires_grad_(grad)
     gradient = torch.randn(tokens, experts.dim, generator=draw).to(dtype)
-    routing = Routing.from_map(chosen, weights)
+    routing = Routing(chosen, weights)
     routing.weights.requires_grad_(grad)
     inputs = [x, routing.weights, *experts.parameters()]
 

@@ -59,7 +59,7 @@ class Case:
 
     def ours(self, backend: str = "auto") -> Callable[[], None]:
         def run() -> None:
-            routing = Routing.from_map(self.chosen, self.weights)
+            routing = Routing(self.chosen, self.weights)
             self.experts(self.x, routing, backend=backend).backward(self.grad)
 
         return run
@@ -172,7 +172,7 @@ class Case:
         """
         e = self.experts
         self.clear()
-        routing = Routing.from_map(self.chosen, self.weights)
+        routing = Routing(self.chosen, self.weights)
         peak = peak_bytes(lambda: e(self.x, routing).backward(self.grad))
         size = e.up.element_size()
         parameters = sum(p.numel() for p in e.parameters())

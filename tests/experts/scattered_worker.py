@@ -28,7 +28,7 @@ def passes(experts: Experts, chosen: Tensor, seed: int, backend: str) -> list[Te
     x = torch.randn(chosen.shape[0], experts.dim, generator=draw).to(dtype).requires_grad_()
     weights = torch.rand(chosen.shape, generator=draw).to(dtype).requires_grad_()
     grad = torch.randn(chosen.shape[0], experts.out_dim, generator=draw).to(dtype)
-    routing = Routing.from_map(chosen, weights)
+    routing = Routing(chosen, weights)
     y, sums = experts(x, routing, backend=backend, want_means=True)
     inputs = [x, weights, *experts.parameters()]
     grads = torch.autograd.grad(y, inputs, grad, allow_unused=True)
@@ -45,7 +45,7 @@ def check(name: str, chosen: Tensor, dim: int, width: int, kind: dict[str, Any])
     x = torch.randn(chosen.shape[0], dim, generator=draw)
     weights = torch.rand(chosen.shape, generator=draw)
     with torch.no_grad():
-        alone = experts(x, Routing.from_map(chosen, weights), backend="scattered").double()
+        alone = experts(x, Routing(chosen, weights), backend="scattered").double()
     expected = passes(experts.double(), chosen, 2, "dense")
     for place, (one, other) in enumerate(zip(found, expected, strict=True)):
         torch.testing.assert_close(

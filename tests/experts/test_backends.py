@@ -45,7 +45,7 @@ def passes(
     x = torch.randn(chosen.shape[0], experts.dim, generator=generator).to(dtype).requires_grad_()
     weights = torch.rand(chosen.shape, generator=generator).to(dtype).requires_grad_()
     grad = torch.randn(chosen.shape[0], experts.out_dim, generator=generator).to(dtype)
-    routing = Routing.from_map(chosen, weights)
+    routing = Routing(chosen, weights)
     y, sums = experts(x, routing, backend=backend, want_means=True)
     inputs = [x, weights, *experts.parameters()]
     grads = torch.autograd.grad(y, inputs, shape_grad(grad), allow_unused=True)
@@ -152,7 +152,7 @@ def test_gradcheck_of_the_loop(kind: str) -> None:
     names = list(experts.slots())
 
     def run(x: Tensor, weights: Tensor, *parameters: Tensor) -> Tensor:
-        routing = Routing.from_map(chosen, weights)
+        routing = Routing(chosen, weights)
         values = dict(zip(names, parameters, strict=True))
         return torch.func.functional_call(experts, values, (x, routing), {"backend": "loop"})
 
@@ -214,7 +214,7 @@ def test_compiles_whole_with_one_recompilation_over_20_sizes(backend: str) -> No
         results = []
         for call in (compiled, experts):
             inputs = x.clone().requires_grad_()
-            routing = Routing.from_map(chosen, weights)
+            routing = Routing(chosen, weights)
             routing.weights.requires_grad_()
             y = call(inputs, routing, backend=backend)
             tensors = (inputs, routing.weights, *experts.parameters())

@@ -26,7 +26,7 @@ def routed(
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.rand(tokens, slots, generator=generator) < density
     weights = torch.rand(tokens, slots, generator=generator)
-    return Routing.from_map(chosen, weights.requires_grad_(grad))
+    return Routing(chosen, weights.requires_grad_(grad))
 
 
 def normal(*shape: int, seed: int = 1) -> Tensor:
@@ -36,7 +36,7 @@ def normal(*shape: int, seed: int = 1) -> Tensor:
 def test_one_expert_with_weight_one_is_a_plain_feed_forward() -> None:
     experts = layer(8, 16, 1, bias=True)
     x = normal(5, 8)
-    routing = Routing.from_map(torch.ones(5, 1).bool(), torch.ones(5, 1))
+    routing = Routing(torch.ones(5, 1).bool(), torch.ones(5, 1))
     assert experts.gate is not None
     assert experts.up_bias is not None
     assert experts.down_bias is not None
@@ -49,7 +49,7 @@ def test_one_expert_with_weight_one_is_a_plain_feed_forward() -> None:
 def test_a_token_without_rows_gets_zeros() -> None:
     experts = layer(8, 16, 3, bias=True)
     chosen = torch.tensor([[True, False, True], [False, False, False]])
-    y = experts(normal(2, 8), Routing.from_map(chosen, torch.ones(2, 3)))
+    y = experts(normal(2, 8), Routing(chosen, torch.ones(2, 3)))
     assert y[0].all()
     assert not y[1].any()
 
@@ -63,7 +63,7 @@ def test_sums_are_the_unweighted_outputs_of_each_expert() -> None:
     for expert in range(3):
         mine = torch.zeros(6, 3, dtype=torch.bool)
         mine[routing.tokens[routing.experts == expert], expert] = True
-        alone = experts(x, Routing.from_map(mine, ones.expand(6, 3)))
+        alone = experts(x, Routing(mine, ones.expand(6, 3)))
         torch.testing.assert_close(sums[expert], alone.sum(0))
 
 
@@ -101,9 +101,7 @@ def test_only_the_weights_of_the_routing_learn() -> None:
     weights = torch.rand(9, 3, generator=generator).requires_grad_()
     x, chosen = normal(9, 8), torch.rand(9, 3, generator=generator) < 0.5
     grads = [
-        torch.autograd.grad(
-            experts(x, Routing.from_map(chosen, weights), backend=backend).sum(), weights
-        )[0]
+        torch.autograd.grad(experts(x, Routing(chosen, weights), backend=backend).sum(), weights)[0]
         for backend in ("dense", "loop", "grouped")
     ]
     torch.testing.assert_close(grads[1], grads[0])

@@ -24,7 +24,7 @@ def maps(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor]:
 @given(maps())
 def test_rows_are_the_maps_pairs_sorted_by_expert_then_token(given_map):
     chosen, weights = given_map
-    routing = Routing.from_map(chosen, weights)
+    routing = Routing(chosen, weights)
     expected = [
         (expert, token)
         for expert in range(chosen.shape[1])
@@ -43,7 +43,7 @@ def test_rows_are_the_maps_pairs_sorted_by_expert_then_token(given_map):
 @given(maps())
 def test_counts_and_k_are_the_maps_margins(given_map):
     chosen, weights = given_map
-    routing = Routing.from_map(chosen, weights)
+    routing = Routing(chosen, weights)
     assert routing.counts.equal(chosen.sum(0))
     assert routing.k.equal(chosen.sum(1))
     assert int(routing.counts.sum()) == int(routing.k.sum()) == routing.rows
@@ -59,7 +59,7 @@ def test_the_gradient_of_the_weights_is_that_of_a_dense_gather(given_map, seed):
     chosen, weights = given_map
     sparse = weights.clone().requires_grad_()
     dense = weights.clone().requires_grad_()
-    routing = Routing.from_map(chosen, sparse)
+    routing = Routing(chosen, sparse)
     generator = torch.Generator().manual_seed(seed)
     upstream = torch.randn(routing.rows, generator=generator, dtype=torch.float64)
     (routing.weights * upstream).sum().backward()
@@ -74,7 +74,7 @@ def test_the_gradient_of_the_weights_is_that_of_a_dense_gather(given_map, seed):
 def test_the_map_can_be_rebuilt_and_is_left_alone(given_map):
     chosen, weights = given_map
     before = chosen.clone()
-    routing = Routing.from_map(chosen, weights)
+    routing = Routing(chosen, weights)
     rebuilt = torch.zeros_like(chosen)
     rebuilt[routing.tokens, routing.experts] = True
     assert rebuilt.equal(before)
@@ -83,7 +83,7 @@ def test_the_map_can_be_rebuilt_and_is_left_alone(given_map):
 
 def test_a_transposed_view_is_read_as_it_is_indexed():
     chosen = torch.tensor([[True, False, True], [True, True, False]]).t()
-    routing = Routing.from_map(chosen, torch.arange(6.0).view(2, 3).t())
+    routing = Routing(chosen, torch.arange(6.0).view(2, 3).t())
     assert routing.experts.tolist() == [0, 0, 1, 1]
     assert routing.tokens.tolist() == [0, 2, 0, 1]
     assert routing.weights.tolist() == [0, 2, 3, 4]
@@ -91,11 +91,11 @@ def test_a_transposed_view_is_read_as_it_is_indexed():
 
 def test_losses_belong_to_one_routing():
     chosen = torch.ones(2, 2, dtype=torch.bool)
-    first = Routing.from_map(chosen, torch.ones(2, 2))
+    first = Routing(chosen, torch.ones(2, 2))
     first.losses["z"] = torch.ones(())
-    assert Routing.from_map(chosen, torch.ones(2, 2)).losses == {}
+    assert Routing(chosen, torch.ones(2, 2)).losses == {}
     given_losses = {"balance": torch.ones(())}
-    assert Routing.from_map(chosen, torch.ones(2, 2), given_losses).losses is given_losses
+    assert Routing(chosen, torch.ones(2, 2), given_losses).losses is given_losses
 
 
 @pytest.mark.parametrize(
@@ -103,4 +103,4 @@ def test_losses_belong_to_one_routing():
 )
 def test_shapes_that_do_not_fit_are_refused(chosen, weights):
     with pytest.raises(RequestError, match=r"\(tokens, experts\)"):
-        Routing.from_map(torch.ones(chosen, dtype=torch.bool), torch.ones(weights))
+        Routing(torch.ones(chosen, dtype=torch.bool), torch.ones(weights))

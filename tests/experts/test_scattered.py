@@ -31,6 +31,6 @@ def test_kernels_agree_with_the_reference() -> None:
 
 def test_on_a_processor_the_request_is_refused() -> None:
     experts = Experts(8, 16, 2)
-    routing = Routing.from_map(torch.ones(3, 2, dtype=torch.bool), torch.ones(3, 2))
+    routing = Routing(torch.ones(3, 2, dtype=torch.bool), torch.ones(3, 2))
     with pytest.raises(RequestError, match='leave backend at "auto"'):
         experts(torch.zeros(3, 8), routing, backend="scattered")

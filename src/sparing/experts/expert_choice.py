@@ -94,7 +94,7 @@ class ExpertChoiceRouter(Router):
                     auxiliary["z"] = self.options.losses.weigh("z", z)
             else:
                 chosen = self._each_token_alone(score.detach()) & real[:, None]
-            routing = Routing.from_map(chosen, score, auxiliary)
+            routing = Routing(chosen, score, auxiliary)
             routing.unserved = ~chosen.any(1) & real
             return routing
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sparing.core.errors import RequestError, unknown
+from sparing.experts.backends import traced
 from sparing.experts.backends.activations import ACTIVATIONS
 from sparing.experts.backends.dense import dense
 from sparing.experts.backends.op import BACKENDS, apply, infer
@@ -126,22 +127,28 @@ class Experts(nn.Module):
             raise RequestError(f"tokens are {x.dtype} and the experts' weights {self.up.dtype}")
         grad = torch.is_grad_enabled() and (
             x.requires_grad
-            or routing.weights.requires_grad
+            or routing.shares.requires_grad
             or any(parameter.requires_grad for parameter in self.parameters())
         )
         if backend == "dense":
             with torch.autocast(device, enabled=False):
                 y, sums = dense(x, routing.tokens, routing.experts, routing.weights, nets)
         else:
+            if torch.compiler.is_compiling() and not (grad or want_means):
+                return self._in_a_graph(x, routing, nets, backend)
             rows = Rows(
                 tokens=routing.tokens, weights=routing.weights, counts=routing.counts, k=routing.k
             )
-            chosen, shares = routing.chosen, routing.shares
-            only_outputs = torch.compiler.is_compiling() and not (grad or want_means)
-            if only_outputs and chosen is not None and shares is not None:
-                return infer(x, chosen, shares, nets, backend=backend)
             y, sums = apply(x, rows, nets, backend=backend, save=grad, means=want_means)
         return (y, sums) if want_means else y
+
+    def _in_a_graph(self, x: Tensor, routing: Routing, nets: Nets, backend: str) -> Tensor:
+        """Only the outputs, in a compiled graph."""
+        most = routing.most
+        alone = x.shape[0] == 1 and x.is_cpu and x.dtype != torch.float64
+        if alone and backend == "auto" and most is not None and most <= traced.FEW:
+            return traced.one_token(x, routing.chosen, routing.shares, most, nets)
+        return infer(x, routing.chosen, routing.shares, nets, backend=backend)
 
     def reference(self, x: Tensor, routing: Routing) -> Tensor:
         """The same by the dense reference: every expert on every token, plain operations."""

@@ -183,13 +183,15 @@ class FixedKRouter(Router, abc.ABC):
                     name: self.loss_weights.weigh(name, self.loss(name, found, chosen, mask))
                     for name in self.loss_weights.wanted()
                 }
-            return self.routing(x, chosen, weights, auxiliary)
+            routing = self.routing(x, chosen, weights, auxiliary)
+            routing.most = self.k
+            return routing
 
     def routing(
         self, x: Tensor, chosen: Tensor, weights: Tensor, auxiliary: dict[str, Tensor]
     ) -> Routing:
         """The rows of what was chosen; x: (T, d), chosen, weights: as many columns as scores."""
-        return Routing.from_map(chosen, weights, auxiliary)
+        return Routing(chosen, weights, auxiliary)
 
     def weigh(self, score: Tensor, chosen: Tensor) -> Tensor:
         """The weights of the chosen experts, before ``scale``; (T, E), 0 elsewhere."""

@@ -118,7 +118,7 @@ class NullExperts(nn.Module):
         What they give is a new tensor: the tokens themselves are never changed.
         """
         split = chosen.shape[1] - self.count
-        routing = Routing.from_map(chosen[:, :split], weights[:, :split], losses)
+        routing = Routing(chosen[:, :split], weights[:, :split], losses)
         taken = weights[:, split:] * chosen[:, split:]
         if self.kind == "copy":
             routing.bypass = taken.sum(1, keepdim=True) * exact(x)

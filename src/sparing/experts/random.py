@@ -68,7 +68,7 @@ class UnlearnedRouter(Router):
         chosen = top_k_map(keys, k, self.active)
         if mask is not None:
             chosen = chosen & mask[:, None]
-        return Routing.from_map(chosen, normalised(torch.ones_like(keys), chosen))
+        return Routing(chosen, normalised(torch.ones_like(keys), chosen))
 
 
 @final

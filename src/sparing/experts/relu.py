@@ -133,7 +133,7 @@ class ReLUGates(Router):
             if self.training:
                 value = self._penalty(gates, opened, mask)
                 auxiliary["l1"] = exact(self.coefficient) * value
-            routing = Routing.from_map(chosen, weights, auxiliary)
+            routing = Routing(chosen, weights, auxiliary)
             routing.unserved = unserved
             return routing
 

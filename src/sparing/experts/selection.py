@@ -8,6 +8,9 @@ from typing import final
 import torch
 from torch import Tensor
 
+FEW = 8
+"""So many of the best a compiled graph finds one by one."""
+
 
 @final
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,6 +54,8 @@ def top_k_map(
     within = live & kept_groups(scores, live, groups)
     wanted = _each(k, scores)
     inside = torch.minimum(wanted, within.sum(1))
+    if isinstance(k, int) and not torch.compiler.is_compiling() and bool((inside == k).all()):
+        return _best(scores, k, within)  # the usual case, and the same k for all is cheap
     chosen = _best(scores, inside, within)
     outside = wanted - inside
     if torch.compiler.is_compiling() or bool(outside.any()):
@@ -88,6 +93,8 @@ def _best(scores: Tensor, k: int | Tensor, live: Tensor) -> Tensor:
         if found is not None:
             return found
     ranked = best_first(scores, live)
+    if isinstance(k, int) and k <= FEW and torch.compiler.is_compiling():
+        return _one_by_one(ranked, k) & live
     if isinstance(k, Tensor):
         # a graph does not know how large k is, and may not depend on it
         most = slots if torch.compiler.is_compiling() else max(1, min(int(k.max()), slots))
@@ -102,6 +109,19 @@ def _best(scores: Tensor, k: int | Tensor, live: Tensor) -> Tensor:
     missing = wanted - above.sum(1, keepdim=True)
     # where k is 0 the border is the best score, and nothing is missing below it
     return (above | (tied & (tied.cumsum(1) <= missing))) & live
+
+
+def _one_by_one(ranked: Tensor, k: int) -> Tensor:
+    """The k best: the best, then the best of the rest, and so on; the first of equal ones.
+
+    The compiler makes loops of its own of it, which it cannot of a sort.
+    """
+    columns = torch.arange(ranked.shape[1], device=ranked.device)
+    chosen = torch.zeros_like(ranked, dtype=torch.bool)
+    for _ in range(k):
+        best = ranked.masked_fill(chosen, -torch.inf).argmax(1, keepdim=True)
+        chosen = chosen | (columns == best)
+    return chosen
 
 
 def _without_ties(scores: Tensor, k: int, live: Tensor) -> Tensor | None:

@@ -248,7 +248,7 @@ class TopAnyRouter(Router):
             # padding has no share at all: give it a sum of 1 rather than 0/0
             total = share.sum(1, keepdim=True)
             weights = share / torch.where(total > 0, total, torch.ones_like(total))
-        routing = Routing.from_map(chosen, weights, auxiliary)
+        routing = Routing(chosen, weights, auxiliary)
         routing.unserved = unserved
         if self.training and self.options.closed_gates == "mean":
             routing.closed = weights

@@ -136,7 +136,7 @@ class TopPRouter(Router):
             auxiliary = self._losses(logits, score, chosen, live, mask) if self.training else {}
             if self.null is not None:
                 return self.null.route(x, chosen, weights, auxiliary)
-            return Routing.from_map(chosen, weights, auxiliary)
+            return Routing(chosen, weights, auxiliary)
 
     def _p(self, below: Tensor, mask: Tensor | None) -> Tensor | float:
         """The probability to pass in this forward.
