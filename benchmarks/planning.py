@@ -61,7 +61,7 @@ def planning(size: int, repetitions: int, *, published: bool) -> dict[str, Any]:
 
 
 def calls(repetitions: int, steps: int = 400) -> dict[str, Any]:
-    """CPU seconds of ``sampler.loss`` in a step beyond a plain mean, checks and flushes included."""
+    """CPU seconds of ``sampler.loss`` in a step, checks and flushes included, and of a mean."""
     sampler = sparing.InfoBatch(ratio=0.5, delta=1, size=IMAGENET)
     sampler.scores.value[:] = draw.generator(0, 0).exponential(size=IMAGENET)
     sampler.set_epoch(1)

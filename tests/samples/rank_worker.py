@@ -1,4 +1,4 @@
-"""What each of two gloo ranks does: run as a script by test_ranks; both are forks of one process."""
+"""What each of two gloo ranks does, both forks of one process: run as a script by test_ranks."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ N = 50
 
 
 def tables(rank: int) -> None:
-    """Ranks see other samples, in other numbers, with other losses; ids are above 2^24."""
-    size = 2**24 + 20
+    """Ranks see other samples, in other numbers, with other losses; some ids are above 2^24."""
     for mode in MODES:
-        table, alone = ScoreTable(size, mode), ScoreTable(size, mode)
-        seen = {0: [2**24 + 1, 7, 9], 1: [2**24 + 3]}
+        first = 2**24 if mode == "last" else 20
+        table, alone = (ScoreTable(first + 10, mode) for _ in range(2))
+        seen = {0: [first + 1, 7, 9], 1: [first + 3]}
         for turn in range(3):
             for who, ids in seen.items():
                 right = (torch.arange(len(ids)) + turn + who) % 2
