@@ -38,6 +38,17 @@ if TYPE_CHECKING:
     from sparing.hosts.session import Session as Session
     from sparing.run.compare.finished import Comparison as Comparison
     from sparing.run.compare.finished import compare as compare
+    from sparing.samples import sample_losses as sample_losses
+    from sparing.samples.coreset import Coreset as Coreset
+    from sparing.samples.gains import GainProportional as GainProportional
+    from sparing.samples.gains import TwoPhase as TwoPhase
+    from sparing.samples.indexed import indexed as indexed
+    from sparing.samples.infobatch import InfoBatch as InfoBatch
+    from sparing.samples.quantiles import Quantiles as Quantiles
+    from sparing.samples.random import RandomSamples as RandomSamples
+    from sparing.samples.schedule import follow as follow
+    from sparing.samples.seta import SeTa as SeTa
+    from sparing.samples.ucb import UCB as UCB
 
 __version__ = "0.1.0"
 
@@ -45,17 +56,23 @@ _HOMES = {
     "Clock": "core.clock",
     "Comparison": "run.compare.finished",
     "Context": "core.method",
+    "Coreset": "samples.coreset",
     "ExpertChoice": "experts.expert_choice",
     "ExpertController": "experts.controller",
+    "GainProportional": "samples.gains",
     "HashExperts": "experts.hash",
+    "InfoBatch": "samples.infobatch",
     "Ledger": "core.ledger",
     "Method": "core.method",
     "NoisyTopK": "experts.noisy_top_k",
     "Plan": "core.method",
+    "Quantiles": "samples.quantiles",
     "RandomExperts": "experts.random",
+    "RandomSamples": "samples.random",
     "ReLURouter": "experts.relu",
     "RequestError": "core.errors",
     "RunError": "core.errors",
+    "SeTa": "samples.seta",
     "Session": "hosts.session",
     "Setup": "core.method",
     "SigmoidTopK": "experts.sigmoid",
@@ -64,30 +81,42 @@ _HOMES = {
     "TopAny": "experts.top_any",
     "TopK": "experts.top_k",
     "TopP": "experts.top_p",
+    "TwoPhase": "samples.gains",
+    "UCB": "samples.ucb",
     "compare": "run.compare.finished",
+    "follow": "samples.schedule",
+    "indexed": "samples.indexed",
     "load": "experts.storage",
     "moefy_": "experts.moefy",
     "observe": "experts.statistics",
     "router_loss": "experts.layer",
+    "sample_losses": "samples",
     "save": "experts.storage",
     "statistics": "experts.statistics",
 }
 
 __all__ = [
+    "UCB",
     "Clock",
     "Comparison",
     "Context",
+    "Coreset",
     "ExpertChoice",
     "ExpertController",
+    "GainProportional",
     "HashExperts",
+    "InfoBatch",
     "Ledger",
     "Method",
     "NoisyTopK",
     "Plan",
+    "Quantiles",
     "RandomExperts",
+    "RandomSamples",
     "ReLURouter",
     "RequestError",
     "RunError",
+    "SeTa",
     "Session",
     "Setup",
     "SigmoidTopK",
@@ -96,12 +125,16 @@ __all__ = [
     "TopAny",
     "TopK",
     "TopP",
+    "TwoPhase",
     "__version__",
     "compare",
+    "follow",
+    "indexed",
     "load",
     "moefy_",
     "observe",
     "router_loss",
+    "sample_losses",
     "save",
     "statistics",
 ]

@@ -21,13 +21,16 @@ class Clock:
     tokens: int = 0
     steps: int | None = None
     epochs: int | None = None
+    done: float | None = None
+    """(epoch + share of its plan) / epochs, where a method plans epochs of unequal length."""
     epoch_ended: bool = False
     """True only in the ``step`` seam's call at the end of an epoch."""
 
     @property
     def fraction(self) -> float:
-        """Share of the planned steps that is done, in [0, 1]; 0 if the plan is unknown."""
-        return min(1.0, self.step / self.steps) if self.steps else 0.0
+        """Share of the planned training that is done, in [0, 1]; 0 if the plan is unknown."""
+        by_steps = min(1.0, self.step / self.steps) if self.steps else 0.0
+        return by_steps if self.done is None else max(by_steps, min(1.0, self.done))
 
     def state_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -43,17 +43,18 @@ Signal = float | int | list[float] | list[int]
 class Plan:
     """Which samples an epoch (or a tick) takes, and with which weight. Frozen once made.
 
-    ``index``: int64, (n,) or (n, 2) for pairs; ``weight``: float32, (n,), or None for all ones.
+    ``index``: (n,) or (n, 2) for pairs, int64, or int32 where memory counts (a context's index is
+    int64 in any case); ``weight``: float32, (n,), or None for all ones.
     """
 
     index: Tensor
     weight: Tensor | None = None
 
     def __post_init__(self) -> None:
-        if self.index.dtype != torch.int64 or self.index.ndim not in (1, 2):
+        if self.index.dtype not in (torch.int64, torch.int32) or self.index.ndim not in (1, 2):
             raise RequestError(
-                f"a plan's index must be int64 of shape (n,) or (n, 2), got {self.index.dtype} "
-                f"of shape {tuple(self.index.shape)}"
+                "a plan's index must be int64 or int32 of shape (n,) or (n, 2), got "
+                f"{self.index.dtype} of shape {tuple(self.index.shape)}"
             )
         if self.index.ndim == 2 and self.index.shape[1] != 2:
             raise RequestError(f"a plan of pairs has shape (n, 2), got {tuple(self.index.shape)}")
@@ -88,7 +89,9 @@ class Context:
     @staticmethod
     def of(index: Tensor, **known: Any) -> Context:
         """The context of unmixed samples ``index``: (B,)."""
-        return Context(index=index.reshape(-1, 1), share=torch.ones(index.numel(), 1), **known)
+        return Context(
+            index=index.long().reshape(-1, 1), share=torch.ones(index.numel(), 1), **known
+        )
 
 
 @final

@@ -122,3 +122,35 @@ def agree(name: str, value: Any) -> None:
             f"the ranks do not agree on {name} ({listing}); start all of them with the same "
             f"recipe, seed, data and code"
         )
+
+
+@torch.no_grad()
+def gather_rows(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
+    """The tensors of every rank, by rank, on the CPU; their first dimension may differ by rank.
+
+    Bits arrive unchanged whatever the dtype. All ranks must call it with as many tensors, of the
+    same dtypes and further dimensions.
+    """
+    own = [tensor.detach().cpu().contiguous() for tensor in tensors]
+    if not distributed():
+        return [own]
+    device = _device()
+    here = torch.tensor([len(tensor) for tensor in own], dtype=torch.int64, device=device)
+    counts = [torch.zeros_like(here) for _ in range(world_size())]
+    dist.all_gather(counts, here)
+    found: list[list[Tensor]] = [[] for _ in range(world_size())]
+    for number, tensor in enumerate(own):
+        most = max(int(count[number]) for count in counts)
+        # nothing of a numpy array has strides that cannot be viewed as bytes
+        flat = tensor.reshape(-1) if tensor.numel() else torch.zeros(0, dtype=tensor.dtype)
+        bytes_ = flat.view(torch.uint8)
+        row = tensor[:1].nbytes if len(tensor) else tensor.new_zeros(1, *tensor.shape[1:]).nbytes
+        padded = torch.zeros(most * row, dtype=torch.uint8, device=device)
+        padded[: bytes_.numel()] = bytes_.to(device)
+        parts = [torch.zeros_like(padded) for _ in range(world_size())]
+        dist.all_gather(parts, padded)
+        for rank_, part in enumerate(parts):
+            count = int(counts[rank_][number])
+            body = part[: count * row].cpu().clone()
+            found[rank_].append(body.view(tensor.dtype).reshape(count, *tensor.shape[1:]))
+    return found

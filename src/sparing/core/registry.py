@@ -125,6 +125,62 @@ METHODS: Final[tuple[Record, ...]] = (
         paper="arXiv 2412.14711",
         card="relu",
     ),
+    Record(
+        name="infobatch",
+        target="sparing.samples.infobatch:InfoBatch",
+        summary="Leaves out a random part of the well learned samples, and weighs up the rest.",
+        paper="arXiv 2303.04947",
+        card="infobatch",
+    ),
+    Record(
+        name="quantiles",
+        target="sparing.samples.quantiles:Quantiles",
+        summary="Strata of samples by loss, each with its own share to keep, weighed up.",
+        paper="arXiv 2303.04947",
+        card="quantiles",
+    ),
+    Record(
+        name="ucb",
+        target="sparing.samples.ucb:UCB",
+        summary="Keeps the samples with the highest upper bound of their loss.",
+        paper="arXiv 2111.12621",
+        card="ucb",
+    ),
+    Record(
+        name="seta",
+        target="sparing.samples.seta:SeTa",
+        summary="A window of clusters by loss slides from easy samples to hard ones.",
+        paper="arXiv 2503.13385",
+        card="seta",
+    ),
+    Record(
+        name="random-samples",
+        target="sparing.samples.random:RandomSamples",
+        summary="A random part of the samples each epoch: the control at equal cost.",
+        paper="arXiv 2303.04947",
+        card="random-samples",
+    ),
+    Record(
+        name="gain-proportional",
+        target="sparing.samples.gains:GainProportional",
+        summary="Draws samples in proportion to their gain; an epoch keeps its length.",
+        paper="arXiv 2405.18347",
+        card="gain-proportional",
+    ),
+    Record(
+        name="two-phase",
+        target="sparing.samples.gains:TwoPhase",
+        summary="Epochs of samples with a high gain, then of those with a low one, in turn.",
+        paper="arXiv 2405.18347",
+        card="two-phase",
+    ),
+    Record(
+        name="coreset",
+        target="sparing.samples.coreset:Coreset",
+        summary="Scores samples in the first epochs, then trains on a fixed part of them.",
+        paper="arXiv 2107.07075",
+        card="coreset",
+    ),
 )
 
 TASKS: Final[tuple[Record, ...]] = (

@@ -100,7 +100,7 @@ def batches(
     weight = plan.weight
     if gives_batches(data):
         for group in groups:
-            index = plan.index[group]
+            index = plan.index[group].long()
             yield data.batch(index), _context(index, None if weight is None else weight[group])
         return
     if plan.index.ndim == 2:

@@ -416,6 +416,7 @@ class Session:
             norm = torch.nn.utils.clip_grad_norm_(self.unwrapped.parameters(), self.clip)
             if not math.isfinite(float(norm)):  # a step with it would make every weight NaN
                 raise DivergedError(self._diagnosis("the gradient", losses, context))
+        self.clock.done = self._share_done()
         if self._schedule is not None:
             factor = self._schedule(self.clock.fraction)
             for group in optimizer.param_groups:
@@ -423,9 +424,19 @@ class Session:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.clock.step += 1
+        self.clock.done = self._share_done(after=True)
         for method in self.methods:
             method.step(self.clock, optimizer)
             method.account(self.ledger)
+
+    def _share_done(self, *, after: bool = False) -> float | None:
+        """(epoch + share of its plan) / epochs where a method plans, before or after this step."""
+        epochs = self.clock.epochs
+        if epochs is None or not any(implements(method, "order") for method in self.methods):
+            return None
+        total = loading.count(len(self._current_plan), self.batch_size, self._world)
+        first = (self._done - 1) // self.accumulate * self.accumulate
+        return (self.clock.epoch + (self._done if after else first) / total) / epochs
 
     def _end_epoch(self) -> None:
         self.clock.epoch_ended = True
@@ -467,7 +478,12 @@ class Session:
             model,
             self.methods,
             clock=self.clock,
-            bound={"size": self._size, "steps": self.clock.steps, "seed": self.seed},
+            bound={
+                "size": self._size,
+                "epochs": self.clock.epochs,
+                "steps": self.clock.steps,
+                "seed": self.seed,
+            },
             first=first,
             losses=losses,
             device=self.accelerator.device,
