@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from sparing.core.errors import RequestError
+from sparing.run.recipe import resolve
 
 State = Literal["finished", "diverged", "unfinished", "missing"]
 DIVERGED = "diverged.json"
@@ -116,8 +117,16 @@ def read_json(path: Path) -> dict[str, Any]:
 
 @functools.lru_cache(512)
 def _parsed(text: str) -> Any:
-    """YAML is slow to read, and a comparison looks at the same recipes often; never changed."""
-    return yaml.safe_load(text)
+    """A recipe by its text, with options that came after it at their defaults.
+
+    Those change nothing, and runs from before are like those of today. YAML is slow to read, and a
+    comparison looks at the same recipes often; what is returned is never changed.
+    """
+    found = yaml.safe_load(text)
+    try:
+        return resolve(found).to_dict() if isinstance(found, dict) else found
+    except RequestError:  # it has options that there are no longer, or another task
+        return found
 
 
 def _yaml(path: Path) -> dict[str, Any]:

@@ -188,7 +188,7 @@ def _free(x: float, y: float, width: float, taken: Sequence[Box]) -> tuple[float
     """How far from its point, in pixels, a label of that width stands alone; else beside it."""
     places = [
         (side, rise - LINE / 2)
-        for far in range(4)
+        for far in range(12)
         for rise in ((0.0,) if far == 0 else (-far * LINE * 0.8, far * LINE * 0.8))
         for side in (10.0, -width - 10.0)
     ]
