@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from sparing.experts.top_any import TopAny as TopAny
     from sparing.experts.top_k import TopK as TopK
     from sparing.experts.top_p import TopP as TopP
+    from sparing.hosts.hf import attach as attach
     from sparing.hosts.session import Session as Session
     from sparing.run.compare.finished import Comparison as Comparison
     from sparing.run.compare.finished import compare as compare
@@ -64,6 +65,7 @@ _HOMES = {
     "TopAny": "experts.top_any",
     "TopK": "experts.top_k",
     "TopP": "experts.top_p",
+    "attach": "hosts.hf",
     "compare": "run.compare.finished",
     "load": "experts.storage",
     "moefy_": "experts.moefy",
@@ -97,6 +99,7 @@ __all__ = [
     "TopK",
     "TopP",
     "__version__",
+    "attach",
     "compare",
     "load",
     "moefy_",
