@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from sparing.experts.top_k import TopK as TopK
     from sparing.experts.top_p import TopP as TopP
     from sparing.hosts.hf import attach as attach
+    from sparing.hosts.lightning import LightningMethods as LightningMethods
     from sparing.hosts.session import Session as Session
     from sparing.run.compare.finished import Comparison as Comparison
     from sparing.run.compare.finished import compare as compare
@@ -50,6 +51,7 @@ _HOMES = {
     "ExpertController": "experts.controller",
     "HashExperts": "experts.hash",
     "Ledger": "core.ledger",
+    "LightningMethods": "hosts.lightning",
     "Method": "core.method",
     "NoisyTopK": "experts.noisy_top_k",
     "Plan": "core.method",
@@ -83,6 +85,7 @@ __all__ = [
     "ExpertController",
     "HashExperts",
     "Ledger",
+    "LightningMethods",
     "Method",
     "NoisyTopK",
     "Plan",

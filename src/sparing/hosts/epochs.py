@@ -22,14 +22,15 @@ from sparing.hosts import loading
 class Geometry:
     """How samples become steps: ``accumulate`` micro-batches of ``batch_size`` on ``world`` ranks.
 
-    ``limit`` is the most micro-batches of an epoch; ``drop_last`` leaves out a smaller last one.
+    ``limit`` is the most micro-batches of an epoch, or the share of them; ``drop_last`` leaves out
+    a smaller last one.
     """
 
     batch_size: int
     accumulate: int = 1
     world: int = 1
     drop_last: bool = False
-    limit: int | None = None
+    limit: int | float | None = None
 
     def micro_batches(self, samples: int) -> int:
         """Micro-batches of each rank in an epoch of that many samples."""
@@ -39,6 +40,8 @@ class Geometry:
             if self.drop_last
             else loading.count(samples, self.batch_size, self.world)
         )
+        if isinstance(self.limit, float):
+            return int(found * self.limit)
         return found if self.limit is None else min(found, self.limit)
 
     def steps(self, micro_batches: int) -> int:

@@ -94,6 +94,30 @@ HF: tuple[Hook, ...] = (
     Hook("accelerate:Accelerator", "unwrap_model", (), "the model without DDP's wrapper"),
 )
 
+_FIT = "lightning.pytorch.loops.fit_loop:_FitLoop"
+_MODULE = "lightning.pytorch:LightningModule"
+_CALLBACKS = "lightning.pytorch:Callback"
+
+LIGHTNING: tuple[Hook, ...] = (
+    Hook(
+        "lightning.pytorch.trainer.connectors.data_connector:_DataLoaderSource",
+        "dataloader",
+        (),
+        "batches are those of the plan",
+    ),
+    Hook(_FIT, "setup_data", (), "batches are those of the plan"),
+    Hook(_MODULE, "_call_batch_hook", ("hook_name",), "a batch's context travels with it"),
+    Hook(_MODULE, "configure_model", (), "the prepare seam, before the optimizer exists"),
+    Hook(_MODULE, "configure_optimizers", (), "the optimizer seam"),
+    Hook(_MODULE, "log", ("name", "value"), "a rehearsal logs nothing"),
+    Hook(_CALLBACKS, "on_before_optimizer_step", ("optimizer",), "grads, unscaled and unclipped"),
+    Hook(_CALLBACKS, "on_after_backward", (), "the position in the plan"),
+    Hook(_CALLBACKS, "on_train_batch_end", ("batch", "batch_idx"), "the step seam"),
+    Hook(_CALLBACKS, "state_dict", (), "the methods' state in checkpoints"),
+    Hook("lightning.pytorch:Trainer", "num_training_batches", (), "an epoch's length"),
+    Hook("lightning.pytorch:Trainer", "lr_scheduler_configs", (), "the rate follows the plan"),
+)
+
 
 def check(hooks: tuple[Hook, ...], package: str) -> None:
     """Raise RequestError, naming what changed, if the installed ``package`` is not as expected."""
