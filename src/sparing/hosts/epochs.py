@@ -59,6 +59,7 @@ class Epochs:
         geometry: of this run; a state saved under another one continues with what remains.
         order: ``order(epoch) -> (n,)`` int64, where no method plans.
         clock: moved by the host's calls here.
+        dense: samples of an epoch that leaves none out, ``size`` if not given.
     """
 
     def __init__(
@@ -69,8 +70,10 @@ class Epochs:
         geometry: Geometry,
         order: Callable[[int], Tensor],
         clock: Clock,
+        dense: int | None = None,
     ) -> None:
         self.methods, self.size, self.geometry, self.clock = methods, size, geometry, clock
+        self._dense = size if dense is None else dense
         self._order = order
         self.plan: Plan | None = None
         self.start = 0  # samples of the plan that were taken under another geometry
@@ -113,7 +116,7 @@ class Epochs:
                     "is nothing to train on"
                 )
             self.plan, self.start, self.done = plan, 0, 0
-        self._tell()
+        self.tell()
 
     @property
     def total(self) -> int:
@@ -137,7 +140,7 @@ class Epochs:
 
     def bound(self) -> int:
         """Optimizer steps to the end, if every later epoch took all samples; exact in the last."""
-        dense = self.geometry.steps(self.geometry.micro_batches(self.size))
+        dense = self.geometry.steps(self.geometry.micro_batches(self._dense))
         left = self.geometry.steps(self.remaining) if self.plan is not None else 0
         later = (self.clock.epochs or 0) - self.clock.epoch - (self.plan is not None)
         return self.clock.step + left + max(0, later) * dense
@@ -158,10 +161,11 @@ class Epochs:
         )
         yield from source
 
-    def advance(self, micro_batches: int = 1) -> None:
-        """Note that micro-batches were trained on."""
-        self.done += micro_batches
-        self._tell()
+    def tell(self) -> None:
+        """Set the clock's place in the epoch, in optimizer steps."""
+        whole = self.geometry.steps(self.geometry.micro_batches(len(self._current)))
+        self.clock.length = max(1, whole)
+        self.clock.place = max(0, whole - self.geometry.steps(self.remaining))
 
     def end(self, optimizer: torch.optim.Optimizer | None) -> None:
         """The epoch is over: tell the methods, and let the next plan be made."""
@@ -194,9 +198,9 @@ class Epochs:
                 f"the saved state is of a data set with {state['size']} samples, this one has "
                 f"{self.size}; resume with the same data, or start afresh"
             )
-        epochs = self.clock.epochs
+        epochs, steps = self.clock.epochs, self.clock.steps
         self.clock.load_state_dict(state["clock"])
-        self.clock.epochs = epochs
+        self.clock.epochs, self.clock.steps = epochs, steps
         saved = Geometry(**state["geometry"])
         plan = state["plan"]
         self.plan = None if plan is None else Plan(plan["index"], plan["weight"])
@@ -205,7 +209,7 @@ class Epochs:
             taken = self.start + self.done * saved.batch_size * saved.world
             self.start, self.done = min(taken, len(self.plan)), 0
         if self.plan is not None:
-            self._tell()
+            self.tell()
 
     def copy_clock(self) -> Clock:
         """A clock to rehearse with."""
@@ -216,8 +220,3 @@ class Epochs:
         if self.plan is None:
             raise RequestError("no epoch has begun: there is no plan to go by")
         return self.plan
-
-    def _tell(self) -> None:
-        whole = self.geometry.steps(self.geometry.micro_batches(len(self._current)))
-        self.clock.length = max(1, whole)
-        self.clock.place = max(0, whole - self.geometry.steps(self.remaining))

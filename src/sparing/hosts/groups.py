@@ -23,7 +23,9 @@ def regroup_(optimizer: torch.optim.Optimizer, model: nn.Module, methods: list[M
     groups: list[dict[str, Any]] = [
         {
             **{key: value for key, value in group.items() if key not in ("params", "param_names")},
-            "params": [(names.get(id(p), f"unnamed.{i}"), p) for i, p in enumerate(group["params"])],
+            "params": [
+                (names.get(id(p), f"unnamed.{i}"), p) for i, p in enumerate(group["params"])
+            ],
         }
         for group in optimizer.param_groups
     ]

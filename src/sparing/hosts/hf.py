@@ -24,8 +24,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from transformers import TrainerCallback
 
-from sparing.core import flops, ranks, state
-from sparing.core.clock import Clock
+from sparing.core import ranks, state
 from sparing.core.errors import RequestError, RunError
 from sparing.core.ledger import Ledger
 from sparing.core.method import Context, Method, Setup, arrange, combine, implements
@@ -34,11 +33,11 @@ from sparing.hosts.dry_run import rehearse
 from sparing.hosts.epochs import Epochs, Geometry
 from sparing.hosts.following import Following
 from sparing.hosts.groups import regroup_
+from sparing.hosts.host import PROBE_BATCHES, Host
 from sparing.hosts.per_sample import FromLogits, Losses, scalar
 
 CONTEXT = "sparing_context"  # the key under which a batch carries its context
 DIRECTORY = "sparing"  # within a checkpoint
-PROBE_BATCHES, PROBE_ROWS = 2, 4
 
 
 def attach(
@@ -67,11 +66,8 @@ def attach(
 
 
 @final
-class Attached:
-    """The methods that are bound to a trainer; ``attach`` makes it.
-
-    ``clock``, ``ledger`` (of this rank) and ``methods`` are there to be read.
-    """
+class Attached(Host):
+    """The methods that are bound to a trainer; ``attach`` makes it."""
 
     def __init__(
         self,
@@ -82,7 +78,8 @@ class Attached:
     ) -> None:
         hooks.check(hooks.HF, "transformers")
         hf_requests.check(trainer, methods, losses)
-        self.trainer, self.methods, self.ledger = trainer, methods, Ledger()
+        self._start(methods)
+        self.trainer = trainer
         args, self._world = trainer.args, int(trainer.accelerator.num_processes)
         self._plans = any(implements(method, "order") for method in methods)
         self._own_loss = losses == "auto" and not any(
@@ -97,9 +94,6 @@ class Attached:
         )
         self._plain: dict[str, Any] = {}
         self._context: Context | None = None
-        self._counted = [0, 0]  # samples and tokens of this rank since the last step
-        self._static: dict[Any, int] = {}
-        self._recent: deque[Any] = deque(maxlen=PROBE_BATCHES)
         self._unscaled = False
 
         self._source = trainer.get_train_dataloader()
@@ -116,11 +110,9 @@ class Attached:
                 f"{size} samples make no batch of {geometry.batch_size} on {self._world} ranks"
             )
         whole = args.max_steps <= 0 and args.num_train_epochs == int(args.num_train_epochs)
-        self.clock = Clock(
-            steps=args.max_steps
-            if args.max_steps > 0
-            else math.ceil(args.num_train_epochs * dense),
-            epochs=int(args.num_train_epochs) if whole else None,
+        self.clock.epochs = int(args.num_train_epochs) if whole else None
+        self.clock.steps = (
+            args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * dense)
         )
         self.epochs = Epochs(
             methods, size=size, geometry=geometry, order=self._sampled, clock=self.clock
@@ -135,33 +127,10 @@ class Attached:
         if dry_run:
             self._dry_run(bound)
         for method in methods:
-            method.bind(**bound, model=trainer.model, probe=self._probe)
+            method.bind(**bound, model=trainer.model, probe=lambda: self._probe_of(self._model))
         trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
         self.ledger.set_level("parameters", spent=trained)
         self._install()
-
-    # ---- what users ask -----------------------------------------------------------------------
-
-    def signals(self) -> dict[str, dict[str, Any]]:
-        """What each method would have logged now; the trainer logs the numbers among it."""
-        return {method.name: method.signals() for method in self.methods}
-
-    def account(self) -> Ledger:
-        """The account of all ranks together; ``ledger`` is this rank's. All ranks must call it."""
-        whole = Ledger()
-        for part in ranks.gather(self.ledger.to_dict()):
-            other = Ledger()
-            other.load_state_dict(part)
-            whole.merge(other)
-        return whole
-
-    def take_events(self) -> list[dict[str, Any]]:
-        """What the methods report since the last call, each with its method's name."""
-        return [
-            {"method": method.name, **event}
-            for method in self.methods
-            for event in method.take_events()
-        ]
 
     # ---- before training ----------------------------------------------------------------------
 
@@ -226,7 +195,9 @@ class Attached:
             "log",
         ):
             self._plain[name] = getattr(self.trainer, name)
-            setattr(self.trainer, name, getattr(self, f"_on{name if name[0] == '_' else '_' + name}"))
+            setattr(
+                self.trainer, name, getattr(self, f"_on{name if name[0] == '_' else '_' + name}")
+            )
         self._plain["unscale"] = self.trainer.accelerator.unscale_gradients
         self.trainer.accelerator.unscale_gradients = self._unscale_once
         self.trainer.add_callback(_Callback(self))
@@ -317,7 +288,8 @@ class Attached:
             loss: Tensor = self._plain["training_step"](model, kept, num_items_in_batch)
         finally:
             self._context = None
-        self.epochs.advance()
+        self.epochs.done += 1
+        self.epochs.tell()
         if self.trainer.accelerator.sync_gradients:
             self._grads(context)
         return loss
@@ -335,8 +307,7 @@ class Attached:
                 model, inputs, return_outputs, num_items_in_batch=num_items_in_batch
             )
         batch = self._prepared(self.methods, dict(inputs), context)
-        self._count(batch, context)
-        self._recent.append(batch)
+        self._count(self._model, batch, context)
         if self._own_loss:
             loss, outputs = self._plain["compute_loss"](
                 model, dict(batch), True, num_items_in_batch=num_items_in_batch
@@ -372,33 +343,6 @@ class Attached:
             )
         return dict(batch)
 
-    def _prepared(self, methods: list[Method], batch: Any, context: Context) -> Any:
-        mask = batch.get("attention_mask")
-        if isinstance(mask, Tensor) and mask.ndim == 2:
-            context.mask = mask.bool()
-        for method in methods:
-            batch = method.batch(batch, context)
-        return batch
-
-    def _count(self, batch: Any, context: Context) -> None:
-        samples, tokens = context.index.shape[0], loading.token_count(batch, context)
-        self.ledger.add("samples", spent=samples)
-        self.ledger.add("tokens", spent=tokens)
-        self.ledger.add("flops", spent=self._dense_flops(batch))
-        self._counted[0] += samples
-        self._counted[1] += tokens
-
-    def _dense_flops(self, batch: Any) -> int:
-        """FLOPs of the parts that no method accounts for, counted once for each shape."""
-        key = loading.shapes(batch)
-        if key not in self._static:
-            model = self._model
-            try:
-                self._static[key] = flops.count(model, lambda: self._mean_loss(model, batch)).total
-            except RequestError:  # a model without a single layer that has a formula
-                self._static[key] = 0
-        return self._static[key]
-
     def _mean_loss(self, model: nn.Module, batch: Any) -> Tensor:
         if self._own_loss:
             loss: Tensor = self._plain["compute_loss"](model, dict(batch))
@@ -430,17 +374,9 @@ class Attached:
         """After the optimizer's step, the schedule's, and the clearing of gradients."""
         self._unscaled = False
         trainer, clock = self.trainer, self.clock
-        everyone = torch.tensor(self._counted, dtype=torch.int64)
-        self._counted = [0, 0]
-        ranks.sum_([everyone])
-        clock.samples += int(everyone[0])
-        clock.tokens += int(everyone[1])
         optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
         if not trainer.accelerator.optimizer_step_was_skipped:
-            clock.step += 1
-            for method in self.methods:
-                method.step(clock, optimizer)
-                method.account(self.ledger)
+            self._step(optimizer)
         trainer.state.epoch = clock.epoch + clock.place / clock.length
         if self.epochs.finished:  # now, not at on_epoch_end: a checkpoint may be written before
             self.epochs.end(optimizer)
@@ -480,25 +416,6 @@ class Attached:
                     if isinstance(value, int | float):
                         logs[f"{method.name}/{key}"] = value
         self._plain["log"](logs, *given, **named)
-
-    def _probe(self) -> Tensor:
-        """Mean loss over a few rows of the latest batches, the same number on every rank."""
-        model = self._model
-        training, found = model.training, []
-        model.eval()
-        try:
-            with ExitStack() as stack, torch.no_grad():
-                for method in self.methods:
-                    stack.enter_context(method.evaluating(model))
-                for batch in self._recent:
-                    rows = loading.rows(batch)
-                    part = loading.first_rows(batch, min(rows, PROBE_ROWS), rows)
-                    found.append(self._mean_loss(model, part))
-        finally:
-            model.train(training)
-        mean = torch.stack(found).mean()
-        ranks.mean_([mean])
-        return mean
 
     # ---- state --------------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ share. Lightning therefore has no sampler to wrap for ranks.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from typing import Any, final
@@ -28,10 +28,8 @@ from lightning.pytorch import Callback
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from sparing.core import flops, ranks
-from sparing.core.clock import Clock
+from sparing.core import ranks
 from sparing.core.errors import RequestError
-from sparing.core.ledger import Ledger
 from sparing.core.method import Context, Method, Setup, arrange, combine, implements
 from sparing.core.tree import encode
 from sparing.hosts import hooks, lightning_requests, loading
@@ -39,8 +37,7 @@ from sparing.hosts.dry_run import rehearse
 from sparing.hosts.epochs import Epochs, Geometry
 from sparing.hosts.following import Following
 from sparing.hosts.groups import regroup_
-
-PROBE_BATCHES, PROBE_ROWS = 2, 4
+from sparing.hosts.host import PROBE_BATCHES, Host
 
 # where ``loss`` puts what it is given while a training_step is only tried: copies of a module may
 # hold this callback or a copy of it
@@ -56,7 +53,7 @@ class _Carried:
 
 
 @final
-class LightningMethods(Callback):  # type: ignore[misc]
+class LightningMethods(Callback, Host):  # type: ignore[misc]
     """Binds methods to ``lightning.pytorch.Trainer.fit``; see the module's text.
 
     Args:
@@ -71,8 +68,8 @@ class LightningMethods(Callback):  # type: ignore[misc]
 
     def __init__(self, methods: Iterable[Method], *, seed: int = 0, dry_run: bool = True) -> None:
         hooks.check(hooks.LIGHTNING, "lightning")
-        self.methods, self.seed = arrange(methods), seed
-        self.clock, self.ledger = Clock(), Ledger()
+        self._start(arrange(methods))
+        self.seed = seed
         self.epochs: Epochs | None = None
         self._try_first = dry_run
         self._plans = any(implements(method, "order") for method in self.methods)
@@ -82,9 +79,6 @@ class LightningMethods(Callback):  # type: ignore[misc]
         self._lost = False
         self._ran = 0  # micro-batches of this epoch as Lightning counts them
         self._steps = 0
-        self._counted = [0, 0]
-        self._static: dict[Any, int] = {}
-        self._recent: deque[Any] = deque(maxlen=PROBE_BATCHES)
         self._evaluating = ExitStack()
 
     # ---- the one line -------------------------------------------------------------------------
@@ -115,29 +109,6 @@ class LightningMethods(Callback):  # type: ignore[misc]
         whole = epochs.geometry.accumulate / epochs.parts()
         loss = combine(self.methods, losses, context, outputs)
         return loss if whole == 1 else loss * whole
-
-    # ---- what users ask -----------------------------------------------------------------------
-
-    def signals(self) -> dict[str, dict[str, Any]]:
-        """What each method would have logged now."""
-        return {method.name: method.signals() for method in self.methods}
-
-    def account(self) -> Ledger:
-        """The account of all ranks together; ``ledger`` is this rank's. All ranks must call it."""
-        whole = Ledger()
-        for part in ranks.gather(self.ledger.to_dict()):
-            other = Ledger()
-            other.load_state_dict(part)
-            whole.merge(other)
-        return whole
-
-    def take_events(self) -> list[dict[str, Any]]:
-        """What the methods report since the last call, each with its method's name."""
-        return [
-            {"method": method.name, **event}
-            for method in self.methods
-            for event in method.take_events()
-        ]
 
     # ---- before training ----------------------------------------------------------------------
 
@@ -246,7 +217,7 @@ class LightningMethods(Callback):  # type: ignore[misc]
         if self._try_first:
             self._dry_run(trainer, module, bound, device)
         for method in self.methods:
-            method.bind(**bound, model=module, probe=lambda: self._probe(module))
+            method.bind(**bound, model=module, probe=lambda: self._probe_of(module))
         trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
         self.ledger.set_level("parameters", spent=trained)
 
@@ -361,38 +332,16 @@ class LightningMethods(Callback):  # type: ignore[misc]
 
     # ---- a micro-batch and a step -------------------------------------------------------------
 
-    def _prepared(self, methods: list[Method], batch: Any, context: Context) -> Any:
-        mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-        if isinstance(mask, Tensor) and mask.ndim == 2:
-            context.mask = mask.bool()
-        for method in methods:
-            batch = method.batch(batch, context)
-        return batch
-
     def on_train_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
         """Count what is about to be spent."""
         self._tell(trainer)
-        context = self._context
-        assert context is not None
-        samples, tokens = context.index.shape[0], loading.token_count(batch, context)
-        self.ledger.add("samples", spent=samples)
-        self.ledger.add("tokens", spent=tokens)
-        self.ledger.add("flops", spent=self._dense_flops(pl_module, batch))
-        self._counted[0] += samples
-        self._counted[1] += tokens
-        self._recent.append(batch)
+        assert self._context is not None
+        self._count(pl_module, batch, self._context)
 
-    def _dense_flops(self, module: nn.Module, batch: Any) -> int:
-        key = loading.shapes(batch)
-        if key not in self._static:
-            try:
-                found = flops.count(module, lambda: _tried(module, batch)[0].mean())
-                self._static[key] = found.total
-            except RequestError:  # a model without a single layer that has a formula
-                self._static[key] = 0
-        return self._static[key]
+    def _mean_loss(self, model: nn.Module, batch: Any) -> Tensor:
+        return _tried(model, batch)[0].mean()
 
     def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
         """Note the position in the plan, which the schedule of the rate is about to ask for."""
@@ -402,7 +351,8 @@ class LightningMethods(Callback):  # type: ignore[misc]
                 "the loss of each sample"
             )
         assert self.epochs is not None
-        self.epochs.advance()
+        self.epochs.done += 1
+        self.epochs.tell()
         self._ran += 1
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
@@ -415,44 +365,17 @@ class LightningMethods(Callback):  # type: ignore[misc]
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """The step seam where the optimizer stepped, and the end of the epoch after its last."""
-        epochs, clock = self.epochs, self.clock
+        epochs, optimizer = self.epochs, trainer.optimizers[0]
         assert epochs is not None
-        optimizer = trainer.optimizers[0]
         if trainer.global_step > self._steps:
             self._steps = trainer.global_step
-            everyone = torch.tensor(self._counted, dtype=torch.int64)
-            self._counted = [0, 0]
-            ranks.sum_([everyone])
-            clock.samples += int(everyone[0])
-            clock.tokens += int(everyone[1])
-            clock.step += 1
-            for method in self.methods:
-                method.step(clock, optimizer)
-                method.account(self.ledger)
+            self._step(optimizer)
         self._context = None
         if epochs.finished:
             epochs.end(optimizer)
             self._ran = 0
 
     # ---- beside training ----------------------------------------------------------------------
-
-    def _probe(self, module: nn.Module) -> Tensor:
-        """Mean loss over a few rows of the latest batches, the same number on every rank."""
-        training, found = module.training, []
-        module.eval()
-        try:
-            with ExitStack() as stack, torch.no_grad():
-                for method in self.methods:
-                    stack.enter_context(method.evaluating(module))
-                for batch in self._recent:
-                    rows = loading.rows(batch)
-                    part = loading.first_rows(batch, min(rows, PROBE_ROWS), rows)
-                    found.append(_tried(module, part)[0].float().mean())
-        finally:
-            module.train(training)
-        mean = torch.stack(found).mean()
-        ranks.mean_([mean])
-        return mean
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         """The model stands as it should be evaluated, until the end."""

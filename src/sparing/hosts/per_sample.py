@@ -38,9 +38,7 @@ class FromLogits:
         labels = batch.get("labels") if isinstance(batch, Mapping) else None
         if not isinstance(labels, Tensor):
             found = list(batch) if isinstance(batch, Mapping) else type(batch).__name__
-            raise RequestError(
-                f'losses="auto" needs a batch with "labels", got {found}; {_HOW}'
-            )
+            raise RequestError(f'losses="auto" needs a batch with "labels", got {found}; {_HOW}')
         plain = self.unwrap(model)
         plain = getattr(plain, "get_base_model", lambda: plain)()  # of an adapted model
         config = getattr(plain, "config", None)
