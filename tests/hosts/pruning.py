@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 from toys import LENGTH, VOCABULARY
 
 import sparing
+from sparing.core import ranks
 from sparing.core.method import Context, Method, Plan
 
 
@@ -43,6 +44,7 @@ class Prune(Method):
         self.size, self.epochs, self.seed = size, epochs, seed
         if not len(self.scores):
             self.scores = torch.full((size,), 1e6)
+            self.fresh = torch.zeros(size)
 
     def order(self, clock: sparing.Clock) -> Plan:
         generator = torch.Generator().manual_seed(self.seed * 1000 + clock.epoch)
@@ -64,13 +66,20 @@ class Prune(Method):
     def loss(self, losses: Tensor, context: Context, outputs: Any) -> Tensor:
         assert context.weight is not None
         self.scores[context.index[:, 0]] = losses.detach().float().cpu()
-        if self.seen:
-            self.seen[-1] += context.index[:, 0].tolist()
+        self.fresh[context.index[:, 0]] = 1
+        if not self.seen:  # resumed in the middle of an epoch
+            self.seen.append([])
+        self.seen[-1] += context.index[:, 0].tolist()
         return losses * context.weight.to(losses.device)
 
     def step(self, clock: sparing.Clock, optimizer: Any) -> None:
         if clock.epoch_ended:
             self.ended.append(clock.step)
+            # each rank knows the scores of the samples that it saw
+            found, fresh = self.scores * self.fresh, self.fresh.clone()
+            ranks.sum_([found, fresh])
+            self.scores = torch.where(fresh > 0, found / fresh.clamp_min(1), self.scores)
+            self.fresh.zero_()
 
     def account(self, ledger: sparing.Ledger) -> None:
         ledger.add("samples", spent=0, dense=self.spared)
@@ -80,10 +89,15 @@ class Prune(Method):
         return {"mean": float(self.scores.mean())}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"scores": self.scores.clone(), "spared": self.spared}
+        return {
+            "scores": self.scores.clone(),
+            "fresh": self.fresh.clone(),
+            "spared": self.spared,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.scores, self.spared = state["scores"].clone(), state["spared"]
+        self.scores, self.fresh = state["scores"].clone(), state["fresh"].clone()
+        self.spared = state["spared"]
 
 
 @final

@@ -111,13 +111,13 @@ def test_plans_that_cannot_be_trained_on():
         def order(self, clock: Clock) -> Plan:
             return Plan(self.index)
 
-    with pytest.raises(RunError, match="had 10 samples .* has 11 now.*attach anew"):
+    with pytest.raises(RunError, match=r"had 10 samples .* has 11 now.*attach anew"):
         epochs().begin(11)
     with pytest.raises(RunError, match="has 0 samples for 1 ranks"):
         epochs(Of()).begin(10)
     with pytest.raises(RunError, match="has 1 samples for 2 ranks"):
         epochs(Of(3), world=2).begin(10)
-    with pytest.raises(RequestError, match="names samples from 0 to 10, .* from 0 to 9"):
+    with pytest.raises(RequestError, match=r"names samples from 0 to 10, .* from 0 to 9"):
         epochs(Of(0, 10)).begin(10)
     with pytest.raises(RequestError, match="names samples from -1 to 2"):
         epochs(Of(2, -1)).begin(10)

@@ -12,9 +12,9 @@ class Clock:
 
     ``step`` counts optimizer steps, never forward passes: gradient accumulation, evaluation and
     activation-checkpoint recomputation do not move it. ``samples`` and ``tokens`` are global
-    (summed over ranks). ``steps`` and ``epochs`` are the planned totals, ``None`` if unknown; where
-    methods plan epochs of different lengths, ``steps`` is a bound. ``place`` of ``length`` optimizer
-    steps of this epoch's plan are done, where the host knows it (``length`` is 0 where not).
+    (summed over ranks). ``steps`` and ``epochs`` are the planned totals, ``None`` if unknown;
+    where methods plan epochs of different lengths, ``steps`` is a bound. ``place`` of ``length``
+    optimizer steps of this epoch's plan are done (``length`` is 0 where the host does not tell).
     """
 
     step: int = 0

@@ -464,7 +464,7 @@ class Attached(Host):
 
 @final
 class _Dealt:
-    """What the trainer takes for its loader: as long as an epoch of all samples until one begins."""
+    """What the trainer takes for its loader; its length is that of an epoch of all samples."""
 
     def __init__(self, attached: Attached) -> None:
         self._attached = attached

@@ -62,7 +62,7 @@ class LightningMethods(Callback, Host):  # type: ignore[misc]
         dry_run: try one batch through ``training_step`` and every seam, on copies, before any
             compute is spent.
 
-    After ``fit``, ``clock``, ``ledger`` (of this rank), ``account()`` and ``signals()`` can be read.
+    After ``fit``, ``clock``, ``account()`` and ``signals()`` tell what happened.
     Raises RequestError, when fitting starts, for what cannot work.
     """
 

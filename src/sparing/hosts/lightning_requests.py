@@ -1,4 +1,4 @@
-"""What the Lightning callback refuses, each with the way out, and what it reads of a user's setup."""
+"""What the Lightning callback refuses, each with the way out, and what it reads of a setup."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def check(trainer: Any, module: Any, methods: list[Method]) -> None:
     """Raise RequestError if this trainer cannot fit this module with these methods."""
     if not type(trainer).__module__.startswith("lightning."):
         raise RequestError(
-            f"this callback is one of lightning.pytorch, the trainer is of {type(trainer).__module__}; "
-            "import both from lightning.pytorch"
+            f"this callback is one of lightning.pytorch, the trainer of {type(trainer).__module__};"
+            " import both from lightning.pytorch"
         )
     if not module.automatic_optimization:
         raise RequestError(
