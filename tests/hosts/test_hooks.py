@@ -51,7 +51,7 @@ def test_the_trainer_calls_what_the_host_stands_between_in_the_expected_order(tm
         "training_step False", "compute_loss", "training_step True", "compute_loss", *step,
         "training_step True", "compute_loss", *step,
         "on_epoch_end",
-    ], "transformers changed the order of these calls: see hosts/hf.py on what relies on it"  # fmt: skip
+    ], "transformers changed the order of these calls, on which hosts/hf.py relies"  # fmt: skip
 
 
 def test_clipping_unscales_through_the_method_that_the_host_replaces(tmp_path):

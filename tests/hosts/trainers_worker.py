@@ -1,4 +1,4 @@
-"""What each of two gloo ranks does with a foreign trainer: run as a script by test_trainers_ranks."""
+"""What each of two gloo ranks does with foreign trainers: a script of test_trainers_ranks."""
 
 from __future__ import annotations
 

@@ -213,7 +213,7 @@ class LightningMethods(Callback, Host):  # type: ignore[misc]
                     f'"{method.name}" gives another module in place of the LightningModule, which '
                     "Lightning cannot take; prepare the model before it goes into the module"
                 )
-        bound = {"size": size, "epochs": epochs, "steps": planned, "seed": self.seed}
+        bound: dict[str, Any] = {"size": size, "epochs": epochs, "steps": planned, "seed": self.seed}
         if self._try_first:
             self._dry_run(trainer, module, bound, device)
         for method in self.methods:

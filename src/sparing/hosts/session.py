@@ -309,8 +309,8 @@ class Session:
             method.load_state_dict(state["methods"][method.name])
         epochs = state.get("epochs")
         if epochs is None:  # of a version before epochs had a state of their own
-            here = self.epochs.state_dict()
-            epochs = {**here, **{key: state[key] for key in ("clock", "plan", "done")}}
+            fresh = self.epochs.state_dict()
+            epochs = {**fresh, **{key: state[key] for key in ("clock", "plan", "done")}}
         self.epochs.load_state_dict(epochs)
         self.clock.steps = self._planned_steps()
         self.ledger.load_state_dict(state["ledger"])
