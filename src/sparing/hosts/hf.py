@@ -22,7 +22,6 @@ from typing import Any, Literal, final
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
-from transformers import TrainerCallback
 
 from sparing.core import ranks, state
 from sparing.core.errors import RequestError, RunError
@@ -35,6 +34,13 @@ from sparing.hosts.following import Following
 from sparing.hosts.groups import regroup_
 from sparing.hosts.host import PROBE_BATCHES, Host
 from sparing.hosts.per_sample import FromLogits, Losses, scalar
+
+try:
+    from transformers import TrainerCallback
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        f'methods in the Trainer need "{error.name}": pip install "sparing[hf]"', name=error.name
+    ) from error
 
 CONTEXT = "sparing_context"  # the key under which a batch carries its context
 DIRECTORY = "sparing"  # within a checkpoint

@@ -24,7 +24,6 @@ from contextvars import ContextVar
 from typing import Any, final
 
 import torch
-from lightning.pytorch import Callback
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -38,6 +37,14 @@ from sparing.hosts.epochs import Epochs, Geometry
 from sparing.hosts.following import Following
 from sparing.hosts.groups import regroup_
 from sparing.hosts.host import PROBE_BATCHES, Host
+
+try:
+    from lightning.pytorch import Callback
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        f'methods in Lightning need "{error.name}": pip install "sparing[lightning]"',
+        name=error.name,
+    ) from error
 
 # where ``loss`` puts what it is given while a training_step is only tried: copies of a module may
 # hold this callback or a copy of it
@@ -213,7 +220,12 @@ class LightningMethods(Callback, Host):  # type: ignore[misc]
                     f'"{method.name}" gives another module in place of the LightningModule, which '
                     "Lightning cannot take; prepare the model before it goes into the module"
                 )
-        bound: dict[str, Any] = {"size": size, "epochs": epochs, "steps": planned, "seed": self.seed}
+        bound: dict[str, Any] = {
+            "size": size,
+            "epochs": epochs,
+            "steps": planned,
+            "seed": self.seed,
+        }
         if self._try_first:
             self._dry_run(trainer, module, bound, device)
         for method in self.methods:
