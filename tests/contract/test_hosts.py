@@ -143,7 +143,7 @@ HOSTS = {"session": in_session, "trainer": in_trainer, "lightning": in_lightning
 
 
 @every_method
-@pytest.mark.filterwarnings("ignore::UserWarning:lightning")
+@pytest.mark.filterwarnings("ignore:::lightning")
 def test_all_hosts_train_alike(name, options, tmp_path):
     found = {}
     for host, train in HOSTS.items():

@@ -17,7 +17,7 @@ from toys import Recorder, llama, restless
 import sparing
 from sparing.core.errors import RequestError, RunError
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning")
+pytestmark = pytest.mark.filterwarnings("ignore:::lightning")
 
 
 def trained(path: Path, *methods: Any, **options: Any) -> tuple[Any, Module, L.Trainer]:
