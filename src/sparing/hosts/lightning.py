@@ -301,6 +301,11 @@ class LightningMethods(Callback, Host):  # type: ignore[misc]
             self.clock.steps = self.epochs.bound()
         loop, length = trainer.fit_loop, len(self)
         self._tell(trainer)
+        old = loop.epoch_loop.batch_progress.current.ready
+        if loop.epoch_loop.restarting and not self._ran and old:
+            # saved in the last step of an epoch that was shorter than this one: Lightning knows
+            # that it was over by its count of batches, and is told this one's in the first of them
+            loop.max_batches = min(length, old)
         loop._combined_loader.limits = [length]
         iter(loop._data_fetcher)  # it asks for the length, and reads nothing yet
 
