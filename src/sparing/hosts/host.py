@@ -105,14 +105,17 @@ class Host(abc.ABC):
             method.step(self.clock, optimizer)
             method.account(self.ledger)
 
-    def _probe_of(self, model: nn.Module) -> Tensor:
-        """Mean loss over a few rows of the latest batches, the same number on every rank."""
+    def _probe_of(self, model: nn.Module, known: nn.Module | None = None) -> Tensor:
+        """Mean loss over a few rows of the latest batches, the same number on every rank.
+
+        ``known`` is the model as methods know it, where ``model`` stands around that.
+        """
         training, found = model.training, []
         model.eval()
         try:
             with ExitStack() as stack, torch.no_grad():
                 for method in self.methods:
-                    stack.enter_context(method.evaluating(model))
+                    stack.enter_context(method.evaluating(known or model))
                 for batch in self._recent:
                     rows = loading.rows(batch)
                     part = loading.first_rows(batch, min(rows, PROBE_ROWS), rows)

@@ -153,7 +153,7 @@ class LightningMethods(Callback, Host):  # type: ignore[misc]
             built = optimizers()
             for optimizer in lightning_requests.optimizers(built):
                 groups = len(optimizer.param_groups)
-                regroup_(optimizer, pl_module, self.methods)
+                regroup_(optimizer, lightning_requests.model_of(pl_module), self.methods)
                 lightning_requests.check_schedule(built, groups, len(optimizer.param_groups))
             return built
 
@@ -215,7 +215,8 @@ class LightningMethods(Callback, Host):  # type: ignore[misc]
             world_size=trainer.world_size,
         )
         for method in self.methods:
-            if method.prepare(module, setup) is not module:
+            prepared = method.prepare(lightning_requests.model_of(module), setup)
+            if not lightning_requests.replace_model_(module, prepared):
                 raise RequestError(
                     f'"{method.name}" gives another module in place of the LightningModule, which '
                     "Lightning cannot take; prepare the model before it goes into the module"
@@ -229,7 +230,11 @@ class LightningMethods(Callback, Host):  # type: ignore[misc]
         if self._try_first:
             self._dry_run(trainer, module, bound, device)
         for method in self.methods:
-            method.bind(**bound, model=module, probe=lambda: self._probe_of(module))
+            method.bind(
+                **bound,
+                model=lightning_requests.model_of(module),
+                probe=lambda: self._probe_of(module, lightning_requests.model_of(module)),
+            )
         trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
         self.ledger.set_level("parameters", spent=trained)
 
@@ -265,6 +270,7 @@ class LightningMethods(Callback, Host):  # type: ignore[misc]
             first=first,
             losses=losses,
             device=device,
+            part=lightning_requests.model_of,
         )
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
@@ -376,7 +382,8 @@ class LightningMethods(Callback, Host):  # type: ignore[misc]
         """Gradients are reduced and unscaled here, and not clipped yet."""
         for method in self.methods:
             if implements(method, "grads"):
-                method.grads(pl_module.named_parameters(), self._context)
+                model = lightning_requests.model_of(pl_module)
+                method.grads(model.named_parameters(), self._context)
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
@@ -398,7 +405,8 @@ class LightningMethods(Callback, Host):  # type: ignore[misc]
         """The model stands as it should be evaluated, until the end."""
         if self.epochs is not None:
             for method in self.methods:
-                self._evaluating.enter_context(method.evaluating(pl_module))
+                model = lightning_requests.model_of(pl_module)
+                self._evaluating.enter_context(method.evaluating(model))
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """And as it trains again."""

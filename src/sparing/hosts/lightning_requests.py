@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import (
     BatchSampler,
@@ -80,6 +80,33 @@ def order(loader: DataLoader[Any], epoch: int, generator: torch.Generator) -> Te
     if hasattr(sampler, "set_epoch"):
         sampler.set_epoch(epoch)
     return torch.tensor(list(sampler), dtype=torch.int64)
+
+
+def model_of(module: nn.Module) -> nn.Module:
+    """The one child that holds all parameters, which methods then know by its own names; else all.
+
+    A model of transformers tells by its configuration how fresh weights are drawn.
+    """
+    name = _model_name(module)
+    return module if name is None else module.get_submodule(name)
+
+
+def replace_model_(module: nn.Module, prepared: nn.Module) -> bool:
+    """Put a prepared model where ``model_of`` found it; False if it was the module itself."""
+    name = _model_name(module)
+    if name is not None:
+        setattr(module, name, prepared)
+    return name is not None or prepared is module
+
+
+def _model_name(module: nn.Module) -> str | None:
+    holding = [
+        name
+        for name, child in module.named_children()
+        if next(child.parameters(), None) is not None
+    ]
+    own = next(module.parameters(recurse=False), None)
+    return holding[0] if len(holding) == 1 and own is None else None
 
 
 def dtype(precision: str) -> torch.dtype:
