@@ -85,7 +85,7 @@ class LightningMethods(Callback, Host):  # type: ignore[misc]
         self._context: Context | None = None
         self._lost = False
         self._ran = 0  # micro-batches of this epoch as Lightning counts them
-        self._steps = 0
+        self._steps, self._begun = 0, False
         self._evaluating = ExitStack()
 
     # ---- the one line -------------------------------------------------------------------------
@@ -293,7 +293,7 @@ class LightningMethods(Callback, Host):  # type: ignore[misc]
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """An epoch that is resumed in its middle begins here."""
-        self._steps = trainer.global_step
+        self._steps, self._begun = trainer.global_step, True
         self._begin(trainer)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
@@ -306,27 +306,28 @@ class LightningMethods(Callback, Host):  # type: ignore[misc]
         if self._plans and self.clock.epochs is not None:
             self.clock.steps = self.epochs.bound()
         loop, length = trainer.fit_loop, len(self)
-        self._tell(trainer)
         old = loop.epoch_loop.batch_progress.current.ready
-        if loop.epoch_loop.restarting and not self._ran and old:
-            # saved in the last step of an epoch that was shorter than this one: Lightning knows
-            # that it was over by its count of batches, and is told this one's in the first of them
-            loop.max_batches = min(length, old)
+        # saved at an epoch's end: Lightning looks by its count of batches whether that was the end,
+        # and is told the length of this epoch when its first batch comes
+        at_end = loop.epoch_loop.restarting and not self._ran and old
+        self._tell(trainer, old if at_end else length)
         loop._combined_loader.limits = [length]
         iter(loop._data_fetcher)  # it asks for the length, and reads nothing yet
 
-    def _tell(self, trainer: Any) -> None:
+    def _tell(self, trainer: Any, length: int) -> None:
         """The trainer took the first epoch's length for that of all."""
-        length = len(self)
         trainer.fit_loop.max_batches = length
         if isinstance(trainer.val_check_interval, float) and trainer.val_check_batch is not None:
             trainer.val_check_batch = max(1, int(length * trainer.val_check_interval))
 
     def __len__(self) -> int:
-        """Micro-batches of this epoch, as the trainer counts them; of all samples before one."""
+        """Micro-batches of this epoch, as the trainer counts them; of all samples before training.
+
+        ``estimated_stepping_batches`` is then what schedules are to be built for, resumed or not.
+        """
         epochs = self.epochs
         assert epochs is not None
-        if epochs.plan is None:
+        if epochs.plan is None or not self._begun:
             return epochs.geometry.micro_batches(epochs.size)
         return self._ran + epochs.remaining
 
@@ -359,7 +360,7 @@ class LightningMethods(Callback, Host):  # type: ignore[misc]
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
         """Count what is about to be spent."""
-        self._tell(trainer)
+        self._tell(trainer, len(self))
         assert self._context is not None
         self._count(pl_module, batch, self._context)
 
