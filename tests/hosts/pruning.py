@@ -82,7 +82,8 @@ class Prune(Method):
             self.fresh.zero_()
 
     def account(self, ledger: sparing.Ledger) -> None:
-        ledger.add("samples", spent=0, dense=self.spared)
+        if ranks.rank() == 0:  # the plan is one; accounts of ranks add up
+            ledger.add("samples", spent=0, dense=self.spared)
         self.spared = 0
 
     def signals(self) -> dict[str, Any]:
