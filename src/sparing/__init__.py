@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from sparing.experts.top_any import TopAny as TopAny
     from sparing.experts.top_k import TopK as TopK
     from sparing.experts.top_p import TopP as TopP
+    from sparing.hosts.hf import attach as attach
+    from sparing.hosts.lightning import LightningMethods as LightningMethods
     from sparing.hosts.session import Session as Session
     from sparing.run.compare.finished import Comparison as Comparison
     from sparing.run.compare.finished import compare as compare
@@ -63,6 +65,7 @@ _HOMES = {
     "HashExperts": "experts.hash",
     "InfoBatch": "samples.infobatch",
     "Ledger": "core.ledger",
+    "LightningMethods": "hosts.lightning",
     "Method": "core.method",
     "NoisyTopK": "experts.noisy_top_k",
     "Plan": "core.method",
@@ -83,6 +86,7 @@ _HOMES = {
     "TopP": "experts.top_p",
     "TwoPhase": "samples.gains",
     "UCB": "samples.ucb",
+    "attach": "hosts.hf",
     "compare": "run.compare.finished",
     "follow": "samples.schedule",
     "indexed": "samples.indexed",
@@ -107,6 +111,7 @@ __all__ = [
     "HashExperts",
     "InfoBatch",
     "Ledger",
+    "LightningMethods",
     "Method",
     "NoisyTopK",
     "Plan",
@@ -127,6 +132,7 @@ __all__ = [
     "TopP",
     "TwoPhase",
     "__version__",
+    "attach",
     "compare",
     "follow",
     "indexed",

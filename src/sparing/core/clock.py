@@ -12,7 +12,9 @@ class Clock:
 
     ``step`` counts optimizer steps, never forward passes: gradient accumulation, evaluation and
     activation-checkpoint recomputation do not move it. ``samples`` and ``tokens`` are global
-    (summed over ranks). ``steps`` and ``epochs`` are the planned totals, ``None`` if unknown.
+    (summed over ranks). ``steps`` and ``epochs`` are the planned totals, ``None`` if unknown;
+    where methods plan epochs of different lengths, ``steps`` is a bound. ``place`` of ``length``
+    optimizer steps of this epoch's plan are done (``length`` is 0 where the host does not tell).
     """
 
     step: int = 0
@@ -21,16 +23,32 @@ class Clock:
     tokens: int = 0
     steps: int | None = None
     epochs: int | None = None
-    done: float | None = None
-    """(epoch + share of its plan) / epochs, where a method plans epochs of unequal length."""
+    place: int = 0
+    length: int = 0
     epoch_ended: bool = False
     """True only in the ``step`` seam's call at the end of an epoch."""
 
     @property
     def fraction(self) -> float:
-        """Share of the planned training that is done, in [0, 1]; 0 if the plan is unknown."""
-        by_steps = min(1.0, self.step / self.steps) if self.steps else 0.0
-        return by_steps if self.done is None else max(by_steps, min(1.0, self.done))
+        """Share of the planned training that is done, in [0, 1]; 0 if the plan is unknown.
+
+        By steps, or by (epoch + share of its plan) / epochs, whichever is further: a method that
+        leaves samples out ends the last epoch long before ``steps``.
+        """
+        by_steps = self.step / self.steps if self.steps else 0.0
+        done, of = self.by_epochs or (0, 1)
+        return min(1.0, max(by_steps, done / of))
+
+    @property
+    def by_epochs(self) -> tuple[int, int] | None:
+        """``(epoch + share of its plan) / epochs`` as (numerator, denominator), None if unknown.
+
+        Exactly ``step`` of ``steps`` while all plans have one length.
+        """
+        if not self.epochs or not self.length:
+            return None
+        whole = self.epochs * self.length
+        return min(whole, self.epoch * self.length + self.place), whole
 
     def state_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -25,11 +25,13 @@ def rehearse(
     first: Callable[[list[Method]], tuple[Any, Context]],
     losses: Callable[[nn.Module, Any], tuple[Tensor, Any]],
     device: torch.device,
+    part: Callable[[nn.Module], nn.Module] = lambda model: model,
 ) -> None:
     """Weights, buffers, generators, the methods' state and the clock stay as they were.
 
     ``first(methods)`` makes the first batch with the methods given, ``losses(model, batch)`` its
-    losses (B,) and outputs; ``bound`` is what the host tells methods by ``bind``. Raises
+    losses (B,) and outputs; ``bound`` is what the host tells methods by ``bind``, ``part(model)``
+    the model that they know where a trainer's module stands around it. Raises
     RequestError for losses of another shape or that are not finite, and whatever a seam raises.
     """
     clock = copy.copy(clock)
@@ -37,7 +39,7 @@ def rehearse(
     model, methods = copy.deepcopy((model, methods))
     try:
         for method in methods:
-            method.bind(**bound, model=model)
+            method.bind(**bound, model=part(model))
         model.to(device).train()
         batch, context = first(methods)
         each, outputs = losses(model, batch)
@@ -45,7 +47,7 @@ def rehearse(
         torch.autograd.backward(combine(methods, each, context, outputs))
         clock.step, spent = 1, Ledger()
         for method in methods:
-            method.grads(model.named_parameters(), context)
+            method.grads(part(model).named_parameters(), context)
             method.step(clock, None)
             method.account(spent)
     finally:

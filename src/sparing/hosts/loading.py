@@ -83,19 +83,21 @@ def batches(
     *,
     batch_size: int,
     start: int = 0,
+    stop: int | None = None,
     rank: int = 0,
     world: int = 1,
     collate: Callable[[list[Any]], Any] = default_collate,
     workers: int = 0,
     seed: int = 0,
+    **loader: Any,
 ) -> Iterator[tuple[Any, Context]]:
-    """The plan's micro-batches from number ``start`` on, each with its context.
+    """The plan's micro-batches from number ``start`` on, before ``stop``, each with its context.
 
     A data set with a method ``batch(index)`` gives whole batches itself; any other map-style data
     set is read through a DataLoader, by ``workers`` processes if asked, whose own generators
-    start from ``seed``.
+    start from ``seed``; ``loader`` are further options of that DataLoader.
     """
-    numbers = range(start, count(len(plan), batch_size, world))
+    numbers = range(start, count(len(plan), batch_size, world) if stop is None else stop)
     groups = [share(number, len(plan), batch_size, rank, world) for number in numbers]
     weight = plan.weight
     if gives_batches(data):
@@ -107,15 +109,16 @@ def batches(
         raise RequestError(
             "a plan of pairs needs a data set that gives whole batches: a method batch(index)"
         )
-    loader: DataLoader[Any] = DataLoader(
+    source: DataLoader[Any] = DataLoader(
         _Numbered(data),
         batch_sampler=_Order(plan, groups),
         collate_fn=_Collate(collate),
         num_workers=workers,
         # the workers' base seed: not drawn from the global generator
         generator=torch.Generator().manual_seed(seed),
+        **loader,
     )
-    for places, index, batch in loader:
+    for places, index, batch in source:
         yield batch, _context(index, None if weight is None else weight[places])
 
 

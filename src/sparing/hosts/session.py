@@ -14,7 +14,6 @@ The session binds the methods' seams to the loop and owns nothing else; the loop
 
 from __future__ import annotations
 
-import copy
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -28,12 +27,13 @@ from torch.utils.data import default_collate
 from sparing.core import flops, ranks
 from sparing.core.checks import require_whole
 from sparing.core.clock import Clock
-from sparing.core.errors import DivergedError, RequestError, RunError
+from sparing.core.errors import DivergedError, RequestError
 from sparing.core.ledger import Ledger
 from sparing.core.method import Context, Method, Plan, Setup, arrange, combine, implements
 from sparing.core.random_state import random_state, set_random_state_
 from sparing.hosts import loading
 from sparing.hosts.dry_run import rehearse
+from sparing.hosts.epochs import Epochs, Geometry
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -57,7 +57,8 @@ class Session:
             the model's dense part, and can show methods the loss of recent batches.
         batch_size: samples of one micro-batch of one rank; ``accumulate`` of them make a step.
         epochs, steps: when to stop, whichever comes first; at least one of them.
-        schedule: factor of the learning rate as a function of the share of steps done, [0, 1].
+        schedule: factor of the learning rate as a function of the share of training done, [0, 1]:
+            of the steps, or (epoch + share of its plan) / epochs where methods leave samples out.
         clip: largest global gradient norm, after the methods' ``grads`` seam.
         order: ``order(epoch, generator) -> (n,)`` where no method plans; default a permutation.
         domain_of, domains: the domain of samples by index, and the domains' names.
@@ -109,11 +110,21 @@ class Session:
         self._schedule, self._collate, self._workers = schedule, collate, workers
         self._recent: deque[Any] = deque(maxlen=PROBE_BATCHES)
         self._static: dict[Any, int] = {}
-        self._plan: Plan | None = None
-        self._done = 0  # micro-batches of this epoch that were stepped over
-        self._size = len(data)
-        planned = self._planned_steps(epochs, steps)
-        self.clock = Clock(steps=planned, epochs=epochs)
+        self._limit = steps
+        if len(data) == 0:
+            raise RequestError("the data set is empty: there is nothing to train on")
+        self.clock = Clock(steps=steps, epochs=epochs)
+        self.epochs = Epochs(
+            self.methods,
+            size=len(data),
+            geometry=Geometry(
+                batch_size=batch_size, accumulate=accumulate, world=int(accelerator.num_processes)
+            ),
+            order=self._default_order,
+            clock=self.clock,
+            dense=len(data) if order is None else len(self._default_order(0, len(data))),
+        )
+        planned = self.clock.steps = self._planned_steps()
 
         setup = Setup(
             seed=seed,
@@ -136,7 +147,7 @@ class Session:
             group.setdefault("initial_lr", group["lr"])
         for method in self.methods:
             method.bind(
-                size=self._size,
+                size=self.epochs.size,
                 epochs=epochs,
                 steps=planned,
                 seed=seed,
@@ -157,21 +168,18 @@ class Session:
     @property
     def finished(self) -> bool:
         """Whether the planned steps or epochs are done."""
-        clock = self.clock
-        by_steps = clock.steps is not None and clock.step >= clock.steps
-        return by_steps or (clock.epochs is not None and clock.epoch >= clock.epochs)
+        by_steps = self._limit is not None and self.clock.step >= self._limit
+        by_epochs = self.clock.epochs is not None and self.clock.epoch >= self.clock.epochs
+        return by_steps or by_epochs
 
     def __iter__(self) -> Iterator[tuple[Any, Context]]:
         """Micro-batches with their contexts until the planned end; resumes where it stood."""
         while not self.finished:
-            plan = self._plan = self._plan or self._make_plan()
-            source = loading.batches(
+            self.epochs.begin(len(self.data))
+            self.clock.steps = self._planned_steps()
+            plan = self.epochs.plan
+            source = self.epochs.batches(
                 self.data,
-                plan,
-                batch_size=self.batch_size,
-                start=self._done,
-                rank=self.accelerator.process_index,
-                world=self.accelerator.num_processes,
                 collate=self._collate,
                 workers=self._workers,
                 seed=self.seed * 1_000_003 + self.clock.epoch,
@@ -180,8 +188,8 @@ class Session:
                 yield self._begin(batch, context)
                 if self.finished:
                     return
-            if self._plan is plan:  # batches that the loop passed over: the epoch is over
-                self._end_epoch()
+            if self.epochs.plan is plan:  # batches that the loop passed over: the epoch is over
+                self.epochs.end(self._torch_optimizer)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The precision of this session, for a forward pass of your own."""
@@ -217,15 +225,15 @@ class Session:
             raise DivergedError(
                 self._diagnosis("the loss with the methods' terms", losses, context)
             )
-        total = loading.count(len(self._current_plan), self.batch_size, self._world)
-        first = self._done - self._done % self.accumulate
-        parts = min(self.accumulate, total - first)
+        if self.epochs.plan is None:
+            raise RequestError("step() belongs inside the loop: for batch, context in session: ...")
+        parts = self.epochs.parts()
         self.accelerator.backward(loss / parts)
-        self._done += 1
-        if self._done - first == parts:
+        self.epochs.done += 1
+        if self.epochs.done % self.accumulate == 0 or self.epochs.finished:
             self._optimizer_step(losses, context)
-        if self._done == total:
-            self._end_epoch()
+        if self.epochs.finished:
+            self.epochs.end(self._torch_optimizer)
         return mean
 
     @contextmanager
@@ -272,21 +280,18 @@ class Session:
         Raises RequestError within an accumulation: gradients and what methods noted of the step
         that is under way belong to no state.
         """
-        pending = self._done % self.accumulate
+        pending = self.epochs.done % self.accumulate
         if pending:
             raise RequestError(
                 f"state_dict() belongs between optimizer steps; {pending} of {self.accumulate} "
                 "micro-batches are accumulated now: call it when clock.step has moved"
             )
-        plan = self._plan
         return {
             "model": self.unwrapped.state_dict(),
             "optimizer": self._torch_optimizer.state_dict(),
             "methods": {method.name: method.state_dict() for method in self.methods},
-            "clock": self.clock.state_dict(),
+            "epochs": self.epochs.state_dict(),
             "ledger": self.ledger.state_dict(),
-            "plan": None if plan is None else {"index": plan.index, "weight": plan.weight},
-            "done": self._done,
             "recent": list(self._recent),
             "random": random_state(),
         }
@@ -302,11 +307,13 @@ class Session:
         self._torch_optimizer.load_state_dict(state["optimizer"])
         for method in self.methods:
             method.load_state_dict(state["methods"][method.name])
-        self.clock.load_state_dict(state["clock"])
+        epochs = state.get("epochs")
+        if epochs is None:  # of a version before epochs had a state of their own
+            fresh = self.epochs.state_dict()
+            epochs = {**fresh, **{key: state[key] for key in ("clock", "plan", "done")}}
+        self.epochs.load_state_dict(epochs)
+        self.clock.steps = self._planned_steps()
         self.ledger.load_state_dict(state["ledger"])
-        plan = state["plan"]
-        self._plan = None if plan is None else Plan(plan["index"], plan["weight"])
-        self._done = state["done"]
         self._recent = deque(
             (loading.to_device(b, self.accelerator.device) for b in state["recent"]),
             maxlen=PROBE_BATCHES,
@@ -321,50 +328,19 @@ class Session:
         assert isinstance(inner, torch.optim.Optimizer)
         return inner
 
-    @property
-    def _world(self) -> int:
-        return int(self.accelerator.num_processes)
+    def _planned_steps(self) -> int:
+        """The limit, or what the epochs come to if every later one leaves nothing out."""
+        if self.clock.epochs is None:
+            assert self._limit is not None
+            return self._limit
+        bound = self.epochs.bound()
+        return bound if self._limit is None else min(self._limit, bound)
 
-    @property
-    def _current_plan(self) -> Plan:
-        if self._plan is None:
-            raise RequestError("step() belongs inside the loop: for batch, context in session: ...")
-        return self._plan
-
-    def _planned_steps(self, epochs: int | None, steps: int | None) -> int:
-        if self._size == 0:
-            raise RequestError("the data set is empty: there is nothing to train on")
-        if epochs is None:
-            assert steps is not None
-            return steps
-        length = self._size if self._order is None else len(self._default_order(0))
-        batches = loading.count(length, self.batch_size, self._world)
-        by_epochs = epochs * math.ceil(batches / self.accumulate)
-        return by_epochs if steps is None else min(steps, by_epochs)
-
-    def _default_order(self, epoch: int) -> Tensor:
+    def _default_order(self, epoch: int, size: int | None = None) -> Tensor:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         if self._order is not None:
             return self._order(epoch, generator)
-        return torch.randperm(self._size, generator=generator)
-
-    def _make_plan(self) -> Plan:
-        plan = self._plan_of(self.methods, self.clock)
-        ranks.agree("the plan of the epoch", plan.index)
-        if loading.count(len(plan), self.batch_size, self._world) == 0:
-            raise RunError(
-                f"the plan of epoch {self.clock.epoch} has {len(plan)} samples for {self._world} "
-                "ranks: there is nothing to train on"
-            )
-        return plan
-
-    def _plan_of(self, methods: list[Method], clock: Clock) -> Plan:
-        plans = [p for p in (m.order(clock) for m in methods) if p is not None]
-        if len(plans) > 1:
-            raise RequestError(
-                "more than one method plans the order of samples; attach one of them"
-            )
-        return plans[0] if plans else Plan(self._default_order(clock.epoch))
+        return torch.randperm(self.epochs.size if size is None else size, generator=generator)
 
     def _begin(self, batch: Any, context: Context) -> tuple[Any, Context]:
         batch = self._prepared(self.methods, batch, context)
@@ -416,7 +392,6 @@ class Session:
             norm = torch.nn.utils.clip_grad_norm_(self.unwrapped.parameters(), self.clip)
             if not math.isfinite(float(norm)):  # a step with it would make every weight NaN
                 raise DivergedError(self._diagnosis("the gradient", losses, context))
-        self.clock.done = self._share_done()
         if self._schedule is not None:
             factor = self._schedule(self.clock.fraction)
             for group in optimizer.param_groups:
@@ -424,27 +399,10 @@ class Session:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.clock.step += 1
-        self.clock.done = self._share_done(after=True)
+        self.epochs.tell()
         for method in self.methods:
             method.step(self.clock, optimizer)
             method.account(self.ledger)
-
-    def _share_done(self, *, after: bool = False) -> float | None:
-        """(epoch + share of its plan) / epochs where a method plans, before or after this step."""
-        epochs = self.clock.epochs
-        if epochs is None or not any(implements(method, "order") for method in self.methods):
-            return None
-        total = loading.count(len(self._current_plan), self.batch_size, self._world)
-        first = (self._done - 1) // self.accumulate * self.accumulate
-        return (self.clock.epoch + (self._done if after else first) / total) / epochs
-
-    def _end_epoch(self) -> None:
-        self.clock.epoch_ended = True
-        for method in self.methods:
-            method.step(self.clock, self._torch_optimizer)
-        self.clock.epoch_ended = False
-        self.clock.epoch += 1
-        self._plan, self._done = None, 0
 
     def _probe(self) -> Tensor:
         """Mean loss over a few rows of the latest batches, the same number on every rank."""
@@ -461,7 +419,7 @@ class Session:
 
     def _dry_run(self, model: nn.Module) -> None:
         def first(methods: list[Method]) -> tuple[Any, Context]:
-            plan = self._plan_of(methods, copy.copy(self.clock))
+            plan = self.epochs.plan_of(methods, self.epochs.copy_clock())
             weight, some = plan.weight, slice(0, self.batch_size)
             rows = Plan(plan.index[some], None if weight is None else weight[some])
             batch, context = next(
@@ -479,7 +437,7 @@ class Session:
             self.methods,
             clock=self.clock,
             bound={
-                "size": self._size,
+                "size": self.epochs.size,
                 "epochs": self.clock.epochs,
                 "steps": self.clock.steps,
                 "seed": self.seed,

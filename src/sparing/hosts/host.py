@@ -1,0 +1,127 @@
+"""What the hosts of foreign trainers share: counting, the step seam, what users ask."""
+
+from __future__ import annotations
+
+import abc
+from collections import deque
+from collections.abc import Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparing.core import flops, ranks
+from sparing.core.clock import Clock
+from sparing.core.errors import RequestError
+from sparing.core.ledger import Ledger
+from sparing.core.method import Context, Method
+from sparing.hosts import loading
+
+PROBE_BATCHES, PROBE_ROWS = 2, 4
+
+
+class Host(abc.ABC):
+    """Methods that are bound to a trainer. ``methods``, ``clock`` and ``ledger`` can be read."""
+
+    methods: list[Method]
+    clock: Clock
+    ledger: Ledger
+    """Of this rank; ``account()`` is that of all."""
+
+    def _start(self, methods: list[Method]) -> None:
+        self.methods, self.clock, self.ledger = methods, Clock(), Ledger()
+        self._counted = [0, 0]  # samples and tokens of this rank since the last step
+        self._static: dict[Any, int] = {}
+        self._recent: deque[Any] = deque(maxlen=PROBE_BATCHES)
+
+    # ---- what users ask -----------------------------------------------------------------------
+
+    def signals(self) -> dict[str, dict[str, Any]]:
+        """What each method would have logged now."""
+        return {method.name: method.signals() for method in self.methods}
+
+    def account(self) -> Ledger:
+        """The account of all ranks together; all ranks must call it."""
+        whole = Ledger()
+        for part in ranks.gather(self.ledger.to_dict()):
+            other = Ledger()
+            other.load_state_dict(part)
+            whole.merge(other)
+        return whole
+
+    def take_events(self) -> list[dict[str, Any]]:
+        """What the methods report since the last call, each with its method's name."""
+        return [
+            {"method": method.name, **event}
+            for method in self.methods
+            for event in method.take_events()
+        ]
+
+    # ---- for the hosts ------------------------------------------------------------------------
+
+    @abc.abstractmethod
+    def _mean_loss(self, model: nn.Module, batch: Any) -> Tensor:
+        """The mean loss of a batch, a scalar, without a trace in training."""
+
+    def _prepared(self, methods: list[Method], batch: Any, context: Context) -> Any:
+        """The ``batch`` seam; masks of padding reach methods by the context."""
+        mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+        if isinstance(mask, Tensor) and mask.ndim == 2:
+            context.mask = mask.bool()
+        for method in methods:
+            batch = method.batch(batch, context)
+        return batch
+
+    def _count(self, model: nn.Module, batch: Any, context: Context) -> None:
+        """Enter what a micro-batch spends, before it does."""
+        samples, tokens = context.index.shape[0], loading.token_count(batch, context)
+        self.ledger.add("samples", spent=samples)
+        self.ledger.add("tokens", spent=tokens)
+        self.ledger.add("flops", spent=self._dense_flops(model, batch))
+        self._counted[0] += samples
+        self._counted[1] += tokens
+        self._recent.append(batch)
+
+    def _dense_flops(self, model: nn.Module, batch: Any) -> int:
+        """FLOPs of the parts that no method accounts for, counted once for each shape."""
+        key = loading.shapes(batch)
+        if key not in self._static:
+            try:
+                self._static[key] = flops.count(model, lambda: self._mean_loss(model, batch)).total
+            except RequestError:  # a model without a single layer that has a formula
+                self._static[key] = 0
+        return self._static[key]
+
+    def _step(self, optimizer: torch.optim.Optimizer) -> None:
+        """The ``step`` seam, after the optimizer's step."""
+        everyone = torch.tensor(self._counted, dtype=torch.int64)
+        self._counted = [0, 0]
+        ranks.sum_([everyone])
+        self.clock.samples += int(everyone[0])
+        self.clock.tokens += int(everyone[1])
+        self.clock.step += 1
+        for method in self.methods:
+            method.step(self.clock, optimizer)
+            method.account(self.ledger)
+
+    def _probe_of(self, model: nn.Module, known: nn.Module | None = None) -> Tensor:
+        """Mean loss over a few rows of the latest batches, the same number on every rank.
+
+        ``known`` is the model as methods know it, where ``model`` stands around that.
+        """
+        training, found = model.training, []
+        model.eval()
+        try:
+            with ExitStack() as stack, torch.no_grad():
+                for method in self.methods:
+                    stack.enter_context(method.evaluating(known or model))
+                for batch in self._recent:
+                    rows = loading.rows(batch)
+                    part = loading.first_rows(batch, min(rows, PROBE_ROWS), rows)
+                    found.append(self._mean_loss(model, part).float())
+        finally:
+            model.train(training)
+        mean = torch.stack(found).mean()
+        ranks.mean_([mean])
+        return mean
