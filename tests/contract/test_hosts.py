@@ -17,7 +17,7 @@ from torch import nn
 
 import sparing
 from sparing.core import registry
-from sparing.core.method import Method
+from sparing.core.method import Method, implements
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "hosts"))
@@ -150,9 +150,11 @@ def test_all_hosts_train_alike(name, options, tmp_path):
         method = build(name, options)
         model, whole = train(method, tmp_path)
         account = whole.account().to_dict()
-        assert account["samples"]["spent"] == whole.clock.samples == EPOCHS * SAMPLES
-        assert whole.clock.tokens == EPOCHS * SAMPLES * LENGTH
-        assert whole.clock.step == EPOCHS * SAMPLES // BATCH // ACCUMULATE
+        assert account["samples"]["spent"] == whole.clock.samples
+        assert whole.clock.tokens == whole.clock.samples * LENGTH
+        if not implements(method, "order"):  # it leaves no sample out
+            assert whole.clock.samples == EPOCHS * SAMPLES
+            assert whole.clock.step == EPOCHS * SAMPLES // BATCH // ACCUMULATE
         found[host] = {
             "model": dict(model.state_dict()),
             "state": method.state_dict(),
