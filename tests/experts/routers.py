@@ -57,3 +57,15 @@ def double_layer(**options: Any) -> ExpertLayer:
         if layer.router.tracks_outputs:
             layer.output_mean.copy_(normal(5, 6, seed=4, dtype=torch.float64))
     return layer
+
+
+def routes_in_single(made: Any) -> None:
+    """A router for tokens of size 8 computes in float32, whatever tokens are or autocast says."""
+    x = normal(40, 8).bfloat16()
+    half, single = made(x), made(x.float())
+    assert half.weights.dtype == torch.float32
+    assert half.weights.equal(single.weights)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = made(x.float())
+    assert cast.weights.equal(single.weights)
+    assert half.experts.equal(cast.experts)

@@ -4,30 +4,18 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from routers import map_of, normal, routes_in_single
+from torch import nn
 
 from sparing.core.errors import RequestError
 from sparing.experts.experts import Experts
 from sparing.experts.layer import ExpertLayer
 from sparing.experts.losses import LossWeights
-from sparing.experts.routing import Routing
 from sparing.experts.top_k import TopK, TopKOptions, TopKRouter
-
-
-def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
 def router(dim: int = 8, seed: int = 0, **options: Any) -> TopKRouter:
     return TopKRouter(dim, TopKOptions(**options), seed).train()
-
-
-def map_of(routing: Routing, tokens: int, slots: int) -> Tensor:
-    """(T, E), the weights where there are rows and 0 elsewhere."""
-    found = torch.zeros(tokens, slots, dtype=routing.weights.dtype)
-    found[routing.tokens, routing.experts] = routing.weights.detach()
-    return found
 
 
 @pytest.mark.parametrize("k", [1, 2, 4, 6])
@@ -140,15 +128,7 @@ def test_a_tokens_routing_does_not_depend_on_the_others():
 
 
 def test_half_precision_is_routed_in_single():
-    made = router(experts=4)
-    x = normal(40, 8).bfloat16()
-    half, single = made(x), made(x.float())
-    assert half.weights.dtype == torch.float32
-    assert half.weights.equal(single.weights)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        cast = made(x.float())
-    assert cast.weights.equal(single.weights)
-    assert half.experts.equal(cast.experts)
+    routes_in_single(router(experts=4))
 
 
 def test_a_layer_trains_in_half_precision():

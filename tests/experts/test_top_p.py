@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from routers import map_of, normal
+from routers import map_of, normal, routes_in_single
 from torch import Tensor
 
 from sparing.core.errors import RequestError
@@ -170,15 +170,7 @@ def test_a_tokens_routing_does_not_depend_on_the_others(target_k):
 
 
 def test_half_precision_is_routed_in_single():
-    made = router(experts=4, p=0.7)
-    x = normal(40, 8).bfloat16()
-    half, single = made(x), made(x.float())
-    assert half.weights.dtype == torch.float32
-    assert half.weights.equal(single.weights)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        cast = made(x.float())
-    assert cast.weights.equal(single.weights)
-    assert half.experts.equal(cast.experts)
+    routes_in_single(router(experts=4, p=0.7))
 
 
 def test_the_entropy_loss_is_that_of_the_definition_and_sharpens():

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 import sparing
 from sparing.samples import clusters, difficulty, draw, gains, infobatch, quantiles, seta, ucb
 from sparing.samples import random as random_samples
+from sparing.samples.annealing import annealing
 from sparing.samples.scores import ScoreTable
 from sparing.samples.selection import normalised
 
@@ -114,7 +115,7 @@ def test_equal_scores_are_not_below_their_mean():
     ("delta", "epochs", "first"), [(0.875, 10, 9), (0.875, 8, 7), (0.1, 30, 3), (0.875, 90, 79)]
 )
 def test_annealing_starts_at_the_ceiling_in_decimal_arithmetic(delta, epochs, first):
-    assert infobatch.annealing(delta, epochs) == first
+    assert annealing(delta, epochs) == first
 
 
 def test_fractional_annealing_leaves_no_stale_weight():

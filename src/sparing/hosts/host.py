@@ -1,4 +1,4 @@
-"""What the hosts of foreign trainers share: counting, the step seam, what users ask."""
+"""What hosts share: what users ask of all; of foreign trainers' also counting and the step seam."""
 
 from __future__ import annotations
 
@@ -21,21 +21,13 @@ from sparing.hosts import loading
 PROBE_BATCHES, PROBE_ROWS = 2, 4
 
 
-class Host(abc.ABC):
-    """Methods that are bound to a trainer. ``methods``, ``clock`` and ``ledger`` can be read."""
+class Bound:
+    """Abstract: methods bound to a loop. ``methods``, ``clock`` and ``ledger`` can be read."""
 
     methods: list[Method]
     clock: Clock
     ledger: Ledger
     """Of this rank; ``account()`` is that of all."""
-
-    def _start(self, methods: list[Method]) -> None:
-        self.methods, self.clock, self.ledger = methods, Clock(), Ledger()
-        self._counted = [0, 0]  # samples and tokens of this rank since the last step
-        self._static: dict[Any, int] = {}
-        self._recent: deque[Any] = deque(maxlen=PROBE_BATCHES)
-
-    # ---- what users ask -----------------------------------------------------------------------
 
     def signals(self) -> dict[str, dict[str, Any]]:
         """What each method would have logged now."""
@@ -58,7 +50,15 @@ class Host(abc.ABC):
             for event in method.take_events()
         ]
 
-    # ---- for the hosts ------------------------------------------------------------------------
+
+class Host(Bound, abc.ABC):
+    """Abstract: methods bound to a foreign trainer."""
+
+    def _start(self, methods: list[Method]) -> None:
+        self.methods, self.clock, self.ledger = methods, Clock(), Ledger()
+        self._counted = [0, 0]  # samples and tokens of this rank since the last step
+        self._static: dict[Any, int] = {}
+        self._recent: deque[Any] = deque(maxlen=PROBE_BATCHES)
 
     @abc.abstractmethod
     def _mean_loss(self, model: nn.Module, batch: Any) -> Tensor:

@@ -34,17 +34,16 @@ from sparing.core.random_state import random_state, set_random_state_
 from sparing.hosts import loading
 from sparing.hosts.dry_run import rehearse
 from sparing.hosts.epochs import Epochs, Geometry
+from sparing.hosts.host import PROBE_BATCHES, PROBE_ROWS, Bound
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 Losses = Callable[[nn.Module, Any], tuple[Tensor, Any]]
-PROBE_BATCHES = 2
-PROBE_ROWS = 4
 
 
 @final
-class Session:
+class Session(Bound):
     """Binds methods to a plain loop.
 
     Args:
@@ -250,27 +249,6 @@ class Session:
                     yield model
             finally:
                 model.train(training)
-
-    def signals(self) -> dict[str, dict[str, Any]]:
-        """What each method would have logged now."""
-        return {method.name: method.signals() for method in self.methods}
-
-    def account(self) -> Ledger:
-        """The account of all ranks together; ``ledger`` is this rank's. All ranks must call it."""
-        whole = Ledger()
-        for part in ranks.gather(self.ledger.to_dict()):
-            other = Ledger()
-            other.load_state_dict(part)
-            whole.merge(other)
-        return whole
-
-    def take_events(self) -> list[dict[str, Any]]:
-        """What the methods report since the last call, each with its method's name."""
-        return [
-            {"method": method.name, **event}
-            for method in self.methods
-            for event in method.take_events()
-        ]
 
     # ---- state -------------------------------------------------------------------------------
 

@@ -167,12 +167,6 @@ class Coreset(SampleSelection):
         keep = max(1, rounded(1 - self.options.ratio, self.size))
         return keep, keep
 
-    @classmethod
-    def at_random(
-        cls, options: Mapping[str, Any], signals: Mapping[str, Any]
-    ) -> dict[str, dict[str, Any]] | None:
-        return {"random-samples": {"lengths": list(signals.get("lengths", [])) or None}}
-
 
 def _chose(selection: Selection | None) -> bool:
     return selection is not None and selection.code is not None

@@ -201,12 +201,6 @@ class ByGain(SampleSelection):
         self._gains = None if kept is None else kept.numpy().copy()
         super().load_state_dict(state)
 
-    @classmethod
-    def at_random(
-        cls, options: Mapping[str, Any], signals: Mapping[str, Any]
-    ) -> dict[str, dict[str, Any]] | None:
-        return {"random-samples": {"lengths": list(signals.get("lengths", [])) or None}}
-
 
 @final
 class GainProportional(ByGain):

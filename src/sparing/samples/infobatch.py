@@ -7,10 +7,8 @@ first epoch and the last ones are full.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Any, ClassVar, final
 
 import numpy as np
@@ -18,8 +16,9 @@ from numpy.typing import NDArray
 
 from sparing.core.checks import require_number
 from sparing.core.errors import RequestError
+from sparing.samples.annealing import Annealed
 from sparing.samples.draw import Random, rounded, thin_
-from sparing.samples.method import SampleSelection, SelectionOptions
+from sparing.samples.method import SelectionOptions
 from sparing.samples.scores import ScoreTable, mean_of
 from sparing.samples.selection import Selection, chosen, everything
 
@@ -54,11 +53,6 @@ def plan(
     return chosen(code, random, [0.0, low / keep, 1.0])
 
 
-def annealing(delta: float, epochs: int) -> int:
-    """The first full epoch of the end: ``ceil(delta * epochs)``, in exact decimal arithmetic."""
-    return math.ceil(Fraction(str(delta)) * epochs)
-
-
 def check_ratio(ratio: object) -> None:
     """Raise RequestError unless ``ratio`` is a number in [0, 1)."""
     require_number("ratio", ratio, 0, 1)
@@ -85,7 +79,7 @@ class InfoBatchOptions(SelectionOptions):
 
 
 @final
-class InfoBatch(SampleSelection):
+class InfoBatch(Annealed):
     """Leaves out a random part of the samples with a loss below the mean; weighs up the rest."""
 
     name: ClassVar[str] = "infobatch"
@@ -96,26 +90,12 @@ class InfoBatch(SampleSelection):
     def idle(self) -> bool:
         return bool(self.options.ratio == 0)
 
-    @property
-    def anneals(self) -> bool:
-        return bool(self.options.delta < 1)
-
-    @property
-    def _anneal(self) -> int | None:
-        return annealing(self.options.delta, self.epochs) if self.anneals else None
-
     def choose(self, epoch: int, scores: ScoreTable, random: Random) -> Selection:
-        return plan(epoch, scores.value, random, ratio=self.options.ratio, anneal=self._anneal)
+        return plan(epoch, scores.value, random, ratio=self.options.ratio, anneal=self.anneal)
 
     def bounds(self, epoch: int) -> tuple[int, int]:
-        size, anneal = self.size, self._anneal
+        size, anneal = self.size, self.anneal
         if epoch == 0 or self.idle or (anneal is not None and epoch >= anneal) or size == 1:
             return size, size
         low = size - 1  # all but one can be below the mean
         return size - (low - max(1, rounded(1 - self.options.ratio, low))), size
-
-    @classmethod
-    def at_random(
-        cls, options: Mapping[str, Any], signals: Mapping[str, Any]
-    ) -> dict[str, dict[str, Any]] | None:
-        return {"random-samples": {"lengths": list(signals.get("lengths", [])) or None}}

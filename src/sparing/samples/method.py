@@ -12,7 +12,7 @@ One object is at once a ``Method`` for a host and a torch ``Sampler`` for a plai
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -140,6 +140,13 @@ class SampleSelection(Method, Sampler[int]):
     def note(self, ids: Tensor, losses: Tensor, outputs: Any) -> None:
         """Keep the scores of a batch."""
         self.scores.update_(ids, self.score(losses, outputs))
+
+    @classmethod
+    def at_random(
+        cls, options: Mapping[str, Any], signals: Mapping[str, Any]
+    ) -> dict[str, dict[str, Any]] | None:
+        """Random samples, as many in each epoch."""
+        return {"random-samples": {"lengths": list(signals.get("lengths", [])) or None}}
 
     # ---- attaching ---------------------------------------------------------------------------
 

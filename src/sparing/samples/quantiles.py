@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 
 from sparing.core.checks import require_number
 from sparing.core.errors import RequestError
+from sparing.samples.annealing import Annealed
 from sparing.samples.draw import LEFT_OUT, Random, rounded, thin_
-from sparing.samples.infobatch import annealing
-from sparing.samples.method import SampleSelection, SelectionOptions
+from sparing.samples.method import SelectionOptions
 from sparing.samples.scores import ScoreTable
 from sparing.samples.selection import Selection, chosen, everything
 
@@ -110,7 +110,7 @@ class QuantilesOptions(SelectionOptions):
 
 
 @final
-class Quantiles(SampleSelection):
+class Quantiles(Annealed):
     """Keeps a share of each stratum of the losses, and weighs it up."""
 
     name: ClassVar[str] = "quantiles"
@@ -121,14 +121,6 @@ class Quantiles(SampleSelection):
     def idle(self) -> bool:
         return all(share == 1 for share in self.options.keep)
 
-    @property
-    def anneals(self) -> bool:
-        return bool(self.options.delta < 1)
-
-    @property
-    def _anneal(self) -> int | None:
-        return annealing(self.options.delta, self.epochs) if self.anneals else None
-
     def choose(self, epoch: int, scores: ScoreTable, random: Random) -> Selection:
         options = self.options
         return plan(
@@ -137,18 +129,12 @@ class Quantiles(SampleSelection):
             random,
             borders=options.borders,
             keep=options.keep,
-            anneal=self._anneal,
+            anneal=self.anneal,
         )
 
     def bounds(self, epoch: int) -> tuple[int, int]:
-        size, anneal = self.size, self._anneal
+        size, anneal = self.size, self.anneal
         if epoch == 0 or self.idle or (anneal is not None and epoch >= anneal):
             return size, size
         kept = sum(kept for _, kept in counts_of(size, self.options.borders, self.options.keep))
         return kept, kept
-
-    @classmethod
-    def at_random(
-        cls, options: Mapping[str, Any], signals: Mapping[str, Any]
-    ) -> dict[str, dict[str, Any]] | None:
-        return {"random-samples": {"lengths": list(signals.get("lengths", [])) or None}}

@@ -10,8 +10,9 @@ import numpy as np
 
 from sparing.core.checks import require_number, require_whole
 from sparing.core.errors import RequestError
+from sparing.samples.annealing import annealing
 from sparing.samples.draw import Random, rounded, thin_
-from sparing.samples.infobatch import annealing, check_ratio
+from sparing.samples.infobatch import check_ratio
 from sparing.samples.method import SampleSelection, SelectionOptions
 from sparing.samples.scores import ScoreTable
 from sparing.samples.selection import Selection, chosen, everything
@@ -60,6 +61,10 @@ class RandomSamples(SampleSelection):
     Options = RandomSamplesOptions
     scored: ClassVar[bool] = False
     identity: ClassVar[Mapping[str, Any]] = {"ratio": 0.0}
+
+    @classmethod
+    def at_random(cls, options: Mapping[str, Any], signals: Mapping[str, Any]) -> None:
+        """Nothing: this is chance already."""
 
     @property
     def idle(self) -> bool:

@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 from sparing.core.checks import require_number, require_whole
 from sparing.core.errors import RequestError
 from sparing.samples import clusters
+from sparing.samples.annealing import Annealed
 from sparing.samples.draw import LEFT_OUT, Random, rounded, thin_
-from sparing.samples.infobatch import annealing, check_ratio
-from sparing.samples.method import SampleSelection, SelectionOptions
+from sparing.samples.infobatch import check_ratio
+from sparing.samples.method import SelectionOptions
 from sparing.samples.random import plan as at_random
 from sparing.samples.scores import ScoreTable
 from sparing.samples.selection import Selection, chosen, everything
@@ -86,7 +87,7 @@ class SeTaOptions(SelectionOptions):
 
 
 @final
-class SeTa(SampleSelection):
+class SeTa(Annealed):
     """Takes a sliding window of the clusters of samples by loss; biased by design."""
 
     name: ClassVar[str] = "seta"
@@ -97,14 +98,6 @@ class SeTa(SampleSelection):
     def idle(self) -> bool:
         return bool(self.options.ratio == 0 and self.options.window == 1)
 
-    @property
-    def anneals(self) -> bool:
-        return bool(self.options.delta < 1)
-
-    @property
-    def _anneal(self) -> int | None:
-        return annealing(self.options.delta, self.epochs) if self.anneals else None
-
     def choose(self, epoch: int, scores: ScoreTable, random: Random) -> Selection:
         o = self.options
         return plan(
@@ -114,17 +107,11 @@ class SeTa(SampleSelection):
             ratio=o.ratio,
             groups=o.groups,
             window=o.window,
-            anneal=self._anneal,
+            anneal=self.anneal,
         )
 
     def bounds(self, epoch: int) -> tuple[int, int]:
-        keep, anneal = max(1, rounded(1 - self.options.ratio, self.size)), self._anneal
+        keep, anneal = max(1, rounded(1 - self.options.ratio, self.size)), self.anneal
         if epoch == 0 or self.idle or (anneal is not None and epoch >= anneal):
             return keep, keep
         return 1, self.size
-
-    @classmethod
-    def at_random(
-        cls, options: Mapping[str, Any], signals: Mapping[str, Any]
-    ) -> dict[str, dict[str, Any]] | None:
-        return {"random-samples": {"lengths": list(signals.get("lengths", [])) or None}}

@@ -14,9 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sparing.core.checks import require_number, require_whole
+from sparing.samples.annealing import Annealed
 from sparing.samples.draw import Random, rounded, thin_
-from sparing.samples.infobatch import annealing, check_ratio
-from sparing.samples.method import SampleSelection, SelectionOptions
+from sparing.samples.infobatch import check_ratio
+from sparing.samples.method import SelectionOptions
 from sparing.samples.scores import ScoreTable
 from sparing.samples.selection import Selection, chosen, everything
 
@@ -89,7 +90,7 @@ class UCBOptions(SelectionOptions):
 
 
 @final
-class UCB(SampleSelection):
+class UCB(Annealed):
     """Keeps the samples with the highest upper bound of their loss; biased by design."""
 
     name: ClassVar[str] = "ucb"
@@ -99,14 +100,6 @@ class UCB(SampleSelection):
     @property
     def idle(self) -> bool:
         return bool(self.options.ratio == 0)
-
-    @property
-    def anneals(self) -> bool:
-        return bool(self.options.delta < 1)
-
-    @property
-    def _anneal(self) -> int | None:
-        return annealing(self.options.delta, self.epochs) if self.anneals else None
 
     def table(self, size: int) -> ScoreTable:
         return ScoreTable(size, "variance", momentum=self.options.momentum)
@@ -121,19 +114,13 @@ class UCB(SampleSelection):
             random,
             ratio=options.ratio,
             width=options.width,
-            anneal=self._anneal,
+            anneal=self.anneal,
             before=self._selection if again else None,
         )
 
     def bounds(self, epoch: int) -> tuple[int, int]:
-        size, anneal = self.size, self._anneal
+        size, anneal = self.size, self.anneal
         if epoch == 0 or self.idle or (anneal is not None and epoch >= anneal):
             return size, size
         keep = max(1, rounded(1 - self.options.ratio, size))
         return keep, keep
-
-    @classmethod
-    def at_random(
-        cls, options: Mapping[str, Any], signals: Mapping[str, Any]
-    ) -> dict[str, dict[str, Any]] | None:
-        return {"random-samples": {"lengths": list(signals.get("lengths", [])) or None}}
