@@ -134,7 +134,7 @@ def test_what_is_remembered_is_bounded(monkeypatch):
     noise = Noise(0)
     for seed in range(10):
         noise.normal(normal(3, 2, seed=seed), 2)
-    assert len(noise.recent) == 4
+    assert int((noise.recent[:, 0] >= 0).sum()) == 4
     assert int(noise.draws) == 10
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from sparing.core.checks import require_number
 from sparing.core.errors import RequestError
 from sparing.core.ranks import sum_
-from sparing.core.recompute import recomputing
+from sparing.core.recompute import add_once_
 from sparing.experts import losses
 from sparing.experts.fixed_k import ScoredOptions
 from sparing.experts.losses import LossWeights
@@ -78,8 +78,7 @@ class ExpertChoiceRouter(Router):
         self.register_buffer("threshold", torch.zeros(options.experts))
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
         # since the last step, as a layer's record: cut-offs summed over passes, and the passes
-        self._cut_offs = torch.zeros(options.experts, dtype=torch.float64)
-        self._passes = torch.zeros((), dtype=torch.float64)
+        self._sums = torch.zeros(options.experts + 1, dtype=torch.float64)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Routing:
         with torch.autocast(x.device.type, enabled=False):
@@ -99,46 +98,45 @@ class ExpertChoiceRouter(Router):
             routing.unserved = ~chosen.any(1) & real
             return routing
 
-    def capacity(self, tokens: int) -> int:
-        """Tokens that each active expert takes of so many: at least 1, at most all."""
-        alive = int(self.active.sum())
-        each = math.floor(tokens * min(self.options.k, alive) / alive + 0.5)
-        return min(max(each, 1), tokens)
+    def capacity(self, tokens: Tensor) -> Tensor:
+        """Tokens that each active expert takes of so many, () int64: at least 1, at most all."""
+        alive = self.active.sum().double()
+        each = (tokens * alive.clamp_max(self.options.k) / alive + 0.5).floor().long()
+        return torch.minimum(each.clamp_min(1), tokens)
 
     def _experts_choose(self, score: Tensor, real: Tensor) -> Tensor:
         """The map of a training batch: each active expert's best tokens, ties to the first."""
-        tokens = int(real.sum())
-        if tokens == 0:
-            return torch.zeros_like(score, dtype=torch.bool)
-        taken = top_k_map(score.t(), self.capacity(tokens), real).t() & self.active
-        if not recomputing():
-            if self._cut_offs.device != score.device:
-                self._cut_offs = self._cut_offs.to(score.device)
-                self._passes = self._passes.to(score.device)
-            lowest = score.masked_fill(~taken, torch.inf).amin(0)
-            self._cut_offs += torch.where(self.active, lowest, 0.0)
-            self._passes += 1
+        each = self.capacity(real.sum())
+        taken = top_k_map(score.t(), each.expand(self.slots_count), real).t() & self.active
+        if self._sums.device != score.device:
+            self._sums = self._sums.to(score.device)
+        if score.shape[0]:
+            lowest = torch.where(taken, score, torch.inf).amin(0)
+            # an expert without a token, as all are in a batch of padding, has no cut-off
+            lowest = lowest.masked_fill(lowest.isinf(), 0.0)
+            add_once_(self._sums, torch.cat([lowest, (each > 0).to(lowest).view(1)]))
         return taken
 
     def _each_token_alone(self, score: Tensor) -> Tensor:
-        if self.options.fallback == "threshold" and int(self.updates):
-            return (score >= self.threshold) & self.active
-        k = max(1, math.floor(self.options.k + 0.5))
-        return top_k_map(score, min(k, int(self.active.sum())), self.active)
+        chosen = top_k_map(score, max(1, math.floor(self.options.k + 0.5)), self.active)
+        if self.options.fallback == "threshold":
+            passed = (score >= self.threshold) & self.active
+            chosen = torch.where(self.updates > 0, passed, chosen)
+        return chosen
 
     @torch.no_grad()
     def update_thresholds(self, load: Tensor, tokens: Tensor) -> None:
         """Follow the experts' cut-offs; a stated boundary, at which all ranks take part."""
-        sum_([self._cut_offs, self._passes])
-        if self._passes > 0:
+        sum_([self._sums])
+        passes = self._sums[-1]
+        if passes > 0:
             self.updates += 1
             # a plain mean of the first steps, so that the start at 0 leaves no trace
             keep = min(DECAY, 1 - 1 / int(self.updates))
-            now = (self._cut_offs / self._passes).to(self.threshold.dtype)
+            now = (self._sums[:-1] / passes).to(self.threshold.dtype)
             moved = keep * self.threshold + (1 - keep) * now
             self.threshold.copy_(torch.where(self.active, moved, self.threshold))
-        self._cut_offs.zero_()
-        self._passes.zero_()
+        self._sums.zero_()
 
 
 @final

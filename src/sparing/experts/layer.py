@@ -13,11 +13,9 @@ from sparing.core.recompute import recomputing
 from sparing.experts.always import AlwaysOn
 from sparing.experts.experts import Experts
 from sparing.experts.gates import credit_closed_gates
+from sparing.experts.pending import Pending
 from sparing.experts.record import Record
 from sparing.experts.router import Router
-
-KEPT_LOSSES = 16
-"""Forward passes whose auxiliary losses wait to be taken."""
 
 
 @final
@@ -54,13 +52,13 @@ class ExpertLayer(nn.Module):
         self.domain: Tensor | None = None
         self.domains = 0
         self.record = Record(router.slots_count, router.dim)
-        self.pending: list[tuple[dict[str, Tensor], Tensor | None]] = []
+        self.pending = Pending()
         if router.tracks_outputs:
             self.register_buffer("output_mean", torch.zeros(router.slots_count, router.dim))
 
     def __getstate__(self) -> dict[str, Any]:
         # losses hold a graph, and masks belong to a batch: neither can or should be copied
-        return {**self.__dict__, "pending": [], "mask": None, "domain": None}
+        return {**self.__dict__, "pending": Pending(), "mask": None, "domain": None}
 
     def extra_repr(self) -> str:
         return f"name={self.name!r}, active={int(self.router.active.sum())}"
@@ -73,7 +71,7 @@ class ExpertLayer(nn.Module):
         """
         self.mask = mask
         if self.training:
-            del self.pending[: -KEPT_LOSSES or None]
+            self.pending.begin()
 
     def forward(self, hidden: Tensor) -> Tensor:
         x = hidden.reshape(-1, hidden.shape[-1])
@@ -102,7 +100,7 @@ class ExpertLayer(nn.Module):
                 domains=self.domains,
             )
             if routing.losses:
-                self.pending.append((routing.losses, added))
+                self.pending.add(routing.losses, added)
         y = y.view(hidden.shape)
         dropped: Tensor = self.dropout(y) if self.training else y
         return dropped
@@ -127,12 +125,9 @@ class ExpertLayer(nn.Module):
     def take_losses(self) -> dict[str, Tensor]:
         """The auxiliary losses by name, summed over the forwards since the last call."""
         total: dict[str, Tensor] = {}
-        for losses, added in self.pending:
-            if added is not None and not added:
-                continue  # a compiled pass that was a checkpoint's recomputation
+        for losses in self.pending.take():
             for name, value in losses.items():
                 total[name] = total[name] + value if name in total else value
-        self.pending.clear()
         return total
 
     def take_flops(self) -> tuple[int, int]:

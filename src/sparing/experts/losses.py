@@ -67,9 +67,10 @@ def diversity(similarity: Tensor, active: Tensor) -> Tensor:
     # of all rows, and masked: the shape of a graph may not depend on how many experts there are
     live = active.to(similarity.dtype)
     rows = F.normalize(similarity, dim=1)
-    gram = (rows @ rows.t()) * live[:, None] * live
+    same = torch.eye(rows.shape[0], dtype=torch.bool, device=rows.device)
+    gram = ((rows @ rows.t()) * live[:, None] * live).masked_fill(same, 0.0)
     count = active.sum()
-    off: Tensor = gram.square().sum() - gram.diagonal().square().sum()
+    off: Tensor = gram.square().sum()
     return off / (count * (count - 1)).clamp_min(1)
 
 
@@ -164,9 +165,9 @@ def cv_squared(sums: Tensor, active: Tensor) -> Tensor:
     0 when all are equal, one expert is active, or nothing was summed; at most E_active - 1 for
     non-negative sums.
     """
-    live = sums[active]
-    mean = live.mean()
-    squared: Tensor = (live - mean).square().mean()
+    count = active.sum()
+    mean = (sums * active).sum() / count
+    squared: Tensor = ((sums - mean) * active).square().sum() / count
     return squared / torch.where(mean > 0, mean.square(), 1.0)
 
 
@@ -190,16 +191,16 @@ def chance_of_top_k(
     the k-th largest noisy logit of the *other* experts: that is the (k+1)-th of all for an expert
     in the top k, and the k-th of all for any other. With at most k active experts it is certain.
     """
-    alive = int(active.sum())
-    if k >= alive:
+    if k >= active.shape[0]:
         return active.to(logits.dtype).expand_as(logits)
     top = noisy.masked_fill(~active, -torch.inf).topk(k + 1, dim=1).values
     enters, stays = top[:, k - 1 : k], top[:, k : k + 1]
     # of equal logits at the border either may be in: both thresholds are then the same
     inside = noisy > stays
-    border = torch.where(inside, stays, enters)
+    certain = active.sum() <= k
+    border = torch.where(inside, stays, enters).masked_fill(certain, 0.0)
     chance: Tensor = torch.special.ndtr((logits - border) / spread)
-    return chance * active
+    return chance.masked_fill(certain, 1.0) * active
 
 
 def load(chances: Tensor, active: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -16,9 +16,8 @@ from torch import Tensor, nn
 
 from sparing.core.checks import require_number, require_whole
 from sparing.core.errors import RequestError
-from sparing.core.recompute import recomputing
 from sparing.experts import losses
-from sparing.experts.calibration import batch_quantile
+from sparing.experts.calibration import calibrate
 from sparing.experts.method import ExpertOptions, RoutedExperts
 from sparing.experts.router import Router, exact, normal_
 from sparing.experts.routing import Routing
@@ -107,9 +106,7 @@ class ReLUGates(Router):
         with torch.autocast(x.device.type, enabled=False):
             logits = F.linear(exact(x), exact(self.similarity))
             if self.offset is not None:
-                if self.training and not recomputing():
-                    self._calibrate(logits.detach(), mask)
-                logits = logits - exact(self.offset)
+                logits = logits - exact(self._offset(logits, mask, self.offset))
             live = self.active.expand_as(logits)
             if mask is not None:
                 live = live & mask[:, None]
@@ -140,6 +137,21 @@ class ReLUGates(Router):
             routing.unserved = unserved
             return routing
 
+    def _offset(self, logits: Tensor, mask: Tensor | None, offset: Tensor) -> Tensor:
+        """The offsets to use; they start where the first batches open ``target_k`` gates."""
+        if not self.training:
+            return offset
+        return calibrate(
+            logits,
+            mask,
+            offset,
+            self.calibrated,
+            self.active,
+            rule="active",
+            wanted=self.options.target_k,
+            batches=self.options.calibration,
+        )
+
     def _penalty(self, gates: Tensor, opened: Tensor, mask: Tensor | None) -> Tensor:
         """sum_e f_e P_e with P_e the mean gate and f_e = E / k* times the share of tokens.
 
@@ -150,23 +162,6 @@ class ReLUGates(Router):
             return mean.sum()
         load = losses.masked_mean(opened.to(gates.dtype), mask)
         return (load * self.active.sum() / self.options.target_k * mean).sum()
-
-    @torch.no_grad()
-    def _calibrate(self, logits: Tensor, mask: Tensor | None) -> None:
-        """Set offsets to the quantile of the first batches' logits, (T, E), that opens target_k.
-
-        With several ranks the first training forwards are a stated boundary: all take part.
-        """
-        if self.offset is None or int(self.calibrated) >= self.options.calibration:
-            return
-        real = logits if mask is None else logits[mask]
-        share = min(1.0, self.options.target_k / int(self.active.sum()))
-        quantile = batch_quantile(real, 1.0 - share)
-        if quantile is None:
-            return
-        moved = self.offset + (quantile - self.offset) / (int(self.calibrated) + 1)
-        self.offset.copy_(torch.where(self.active, moved, self.offset))
-        self.calibrated += 1
 
     @torch.no_grad()
     def update_thresholds(self, load: Tensor, tokens: Tensor) -> None:

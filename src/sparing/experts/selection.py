@@ -53,7 +53,9 @@ def top_k_map(
     inside = torch.minimum(wanted, within.sum(1))
     chosen = _best(scores, inside, within)
     outside = wanted - inside
-    return chosen | _best(scores, outside, live & ~within) if bool(outside.any()) else chosen
+    if torch.compiler.is_compiling() or bool(outside.any()):
+        chosen = chosen | _best(scores, outside, live & ~within)
+    return chosen
 
 
 def kept_groups(scores: Tensor, live: Tensor, groups: Groups) -> Tensor:
@@ -87,9 +89,8 @@ def _best(scores: Tensor, k: int | Tensor, live: Tensor) -> Tensor:
             return found
     ranked = best_first(scores, live)
     if isinstance(k, Tensor):
-        most = min(int(k.max()), slots)
-        if most == 0:
-            return torch.zeros_like(live)
+        # a graph does not know how large k is, and may not depend on it
+        most = slots if torch.compiler.is_compiling() else max(1, min(int(k.max()), slots))
         top = ranked.topk(most, dim=1).values
         border = top.gather(1, (k.clamp(1, most) - 1)[:, None])
         wanted = k.clamp_max(slots)[:, None]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, final
+from typing import ClassVar, Literal, final
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +17,8 @@ from torch import Tensor, nn
 
 from sparing.core.checks import require_number, require_whole
 from sparing.core.errors import RequestError
-from sparing.core.recompute import recomputing
 from sparing.experts import losses
-from sparing.experts.calibration import batch_quantile
+from sparing.experts.calibration import calibrate
 from sparing.experts.controller import ControllerOptions
 from sparing.experts.gates import open_gates
 from sparing.experts.losses import LossWeights
@@ -175,9 +174,7 @@ class TopAnyRouter(Router):
         with torch.autocast(x.device.type, enabled=False):
             x = exact(x)
             cosine = self.cosine(x)
-            limit: Tensor = self.threshold
-            if self.training and not recomputing():
-                limit = self._calibrate(cosine, mask)
+            limit = self._calibrate(cosine, mask) if self.training else self.threshold
             score = torch.sigmoid(self.scale * cosine)
             threshold = torch.sigmoid(self.scale * exact(limit))
             live = self.active.expand_as(score)
@@ -289,18 +286,16 @@ class TopAnyRouter(Router):
         assert wanted is not None
         # with missing experts tokens must be left unserved, or none would ever be missed
         by_slots = options.adapt is not None and options.adapt.share == "slots"
-        arguments = (float(wanted), by_slots, options.calibration)
-        before = self.threshold
-        if not torch.compiler.is_compiling():
-            _calibrate(cosine.detach(), mask, before, self.calibrated, self.active, *arguments)
-            return self.threshold
-        # in a graph it is an operator, which sees at run time how many batches there were. What
-        # it changed is not read again: generated code would reuse its memory in backward
-        with torch.no_grad():
-            after: Tensor = _calibrate_operator(
-                cosine.detach(), mask, before, self.calibrated, self.active, *arguments
-            )
-        return after + (before - before.detach()) if before.requires_grad else after
+        return calibrate(
+            cosine,
+            mask,
+            self.threshold,
+            self.calibrated,
+            self.active,
+            rule="slots" if by_slots else "active",
+            wanted=wanted,
+            batches=options.calibration,
+        )
 
     @torch.no_grad()
     def update_thresholds(self, load: Tensor, tokens: Tensor) -> None:
@@ -315,54 +310,6 @@ class TopAnyRouter(Router):
         error = ((load - target) / target).clamp(-1.0, 1.0).to(self.threshold.dtype)
         moved = self.threshold + self.options.rate / math.sqrt(self.dim) * error
         self.threshold.copy_(torch.where(self.active, moved.clamp(-1.0, 1.0), self.threshold))
-
-
-@torch.no_grad()
-def _calibrate(
-    cosine: Tensor,
-    mask: Tensor | None,
-    threshold: Tensor,
-    calibrated: Tensor,
-    active: Tensor,
-    wanted: float,
-    by_slots: bool,
-    batches: int,
-) -> None:
-    """Move ``threshold`` to the mean over batches of the quantile that opens ``wanted`` gates.
-
-    With several ranks the first training forwards are a stated boundary: all take part.
-    """
-    seen = int(calibrated)
-    if seen >= batches or recomputing():
-        return
-    real = cosine if mask is None else cosine[mask]
-    share = min(1.0, wanted / (active.shape[0] if by_slots else int(active.sum())))
-    quantile = batch_quantile(real, 1.0 - share)
-    if quantile is None:
-        return
-    moved = threshold + (quantile - threshold) / (seen + 1)
-    threshold.copy_(torch.where(active, moved, threshold))
-    calibrated += 1
-
-
-@torch.library.custom_op("sparing::calibrate", mutates_args=("threshold", "calibrated"))
-def _calibrate_operator(
-    cosine: Tensor,
-    mask: Tensor | None,
-    threshold: Tensor,
-    calibrated: Tensor,
-    active: Tensor,
-    wanted: float,
-    by_slots: bool,
-    batches: int,
-) -> Tensor:
-    _calibrate(cosine, mask, threshold, calibrated, active, wanted, by_slots, batches)
-    return threshold.clone()
-
-
-@_calibrate_operator.register_fake
-def _(cosine: Tensor, mask: Tensor | None, threshold: Tensor, *_arguments: Any) -> Tensor:
-    return torch.empty_like(threshold)
 
 
 @final

@@ -18,17 +18,13 @@ from torch import Tensor
 
 from sparing.core.checks import require_number, require_whole
 from sparing.core.errors import RequestError
-from sparing.core.recompute import recomputing
 from sparing.experts import losses
-from sparing.experts.calibration import batch_quantile
+from sparing.experts.calibration import WIDEST, calibrate
 from sparing.experts.losses import LossWeights
 from sparing.experts.method import RoutedExperts, nested
 from sparing.experts.null import NullExperts, NullOptions
 from sparing.experts.router import Router, exact, normal_
 from sparing.experts.routing import Routing
-
-WIDEST = 14.0
-"""The controller keeps p's logit within this, so that p stays apart from 0 and 1 in float32."""
 
 
 @final
@@ -127,9 +123,7 @@ class TopPRouter(Router):
                 logits, live = self.null.join(x, logits, live)
             score = logits.masked_fill(~live, -torch.inf).softmax(1)
             below = before(score.detach())
-            if self.training and not recomputing():
-                self._calibrate(below[:, : self.slots_count], mask)
-            chosen = self._choose(score, below) & live
+            chosen = self._choose(score, below, self._p(below, mask)) & live
             if mask is not None:
                 chosen = chosen & mask[:, None]
             weights = score
@@ -144,12 +138,33 @@ class TopPRouter(Router):
                 return self.null.route(x, chosen, weights, auxiliary)
             return Routing.from_map(chosen, weights, auxiliary)
 
-    def _choose(self, score: Tensor, below: Tensor) -> Tensor:
+    def _p(self, below: Tensor, mask: Tensor | None) -> Tensor | float:
+        """The probability to pass in this forward.
+
+        Expert e of a token is taken exactly if the probability before it, below: (T, E), is at
+        most p: the p that takes k of E on average is the k/E quantile of these, where it starts.
+        """
+        target = self.options.target_k
+        if target is None:
+            return self.options.p
+        if not self.training:
+            return self.p
+        level = calibrate(
+            below[:, : self.slots_count],
+            mask,
+            self.level,
+            self.calibrated,
+            self.active,
+            rule="together",
+            wanted=target,
+            batches=self.options.calibration,
+        )
+        return exact(level).sigmoid()
+
+    def _choose(self, score: Tensor, below: Tensor, p: Tensor | float) -> Tensor:
         """(T, E) bool: up to and including the expert whose cumulative probability passes p."""
-        if self.options.target_k is not None:
-            chosen = below <= self.p
-        elif self.options.p < 1:
-            chosen = below <= self.options.p
+        if isinstance(p, Tensor) or p < 1:
+            chosen = below <= p
         else:
             chosen = torch.ones_like(below, dtype=torch.bool)  # whatever the sums round to
         if self.options.max_k is not None:
@@ -173,26 +188,6 @@ class TopPRouter(Router):
         if weight.z:
             found["z"] = weight.weigh("z", losses.z(logits, live, mask))
         return found
-
-    @torch.no_grad()
-    def _calibrate(self, below: Tensor, mask: Tensor | None) -> None:
-        """Start p where the first batches take ``target_k`` experts a token.
-
-        Expert e of a token is taken exactly if the probability before it, below: (T, E), is at
-        most p: the p that takes k of E on average is the k/E quantile of these. With several ranks
-        the first training forwards are a stated boundary: all take part.
-        """
-        target = self.options.target_k
-        if target is None or int(self.calibrated) >= self.options.calibration:
-            return
-        real = (below if mask is None else below[mask])[:, self.active]
-        share = min(1.0, target / int(self.active.sum()))
-        found = batch_quantile(real.reshape(-1, 1), share)
-        if found is None:
-            return
-        level = torch.logit(found[0]).clamp(-WIDEST, WIDEST).to(self.level)
-        self.level += (level - self.level) / (self.calibrated + 1)
-        self.calibrated += 1
 
     @torch.no_grad()
     def update_thresholds(self, load: Tensor, tokens: Tensor) -> None:

@@ -492,6 +492,23 @@ def test_a_directory_of_something_else_is_refused(recipe, tmp_path):
     assert len(launch.names) == 4
 
 
+def test_runs_from_before_an_option_existed_are_kept(recipe, tmp_path):
+    launch = ForShow(by_width)
+    run_comparison(asked(recipe(), tmp_path), launch=launch)
+    for job in launch.jobs:  # as a version without the option wrote it
+        file = job.out / "recipe.yaml"
+        held = yaml.safe_load(file.read_text())
+        del held["train"]["clip"]
+        file.write_text(yaml.safe_dump(held))
+    again = ForShow(by_width)
+    run_comparison(asked(recipe(), tmp_path), launch=again)
+    assert again.names == []
+    held["train"]["no_such_option"] = 1
+    file.write_text(yaml.safe_dump(held))
+    with pytest.raises(RequestError, match=r"has now: train\.(clip|no_such_option); choose"):
+        run_comparison(asked(recipe(), tmp_path), launch=again)
+
+
 def test_two_comparisons_do_not_share_a_directory(recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(work, "PATIENCE", 0.2)
     (tmp_path / "out").mkdir()

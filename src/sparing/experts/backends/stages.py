@@ -44,7 +44,6 @@ def forward(
     """Compute y (T, o) and what the backward pass needs; see ``Forward``."""
     act = ACTIVATIONS[nets.activation]
     slots, out_dim = nets.down.shape[:2]
-    none = like(x, False)
     if not rows.tokens.shape[0]:
         y = x.new_zeros(x.shape[0], out_dim)
         width = nets.up.shape[1]
@@ -58,7 +57,7 @@ def forward(
     if nets.up_bias is not None:
         b += nets.up_bias.index_select(0, expert)
     if nets.gate is None:
-        a, b = b, none
+        a, b = b, like(x, False)
         h = act.into(a, torch.empty_like(a))
     else:
         a = products.onto(xs, nets.gate)
@@ -67,7 +66,8 @@ def forward(
     if nets.down_bias is not None:
         out += nets.down_bias.index_select(0, expert)
     y = combine(out, rows.tokens, rows.k, rows.weights).to(x.dtype)
-    sums = by_expert(out, rows.counts).float() if means else none.float()
+    no_sums = like(x, False, dtype=torch.float32)
+    sums = by_expert(out, rows.counts).float() if means else no_sums
     if not save:
         a, b, out = (like(x, False) for _ in range(3))
     return Forward(y, a, b, out, sums)

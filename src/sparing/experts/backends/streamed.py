@@ -56,8 +56,9 @@ def forward(x: Tensor, rows: Rows, nets: Nets, *, save: bool, means: bool) -> Fo
         y = one_token(x, picked, rows.weights.tolist(), nets)
     else:
         y = _few_tokens(x, rows, nets)
-    none = like(x, False)
-    return Forward(y, none, none, none, none.float())
+    # four empty tensors and not one of them four times, which an operator must not return
+    a, b, out = (like(x, False) for _ in range(3))
+    return Forward(y, a, b, out, like(x, False, dtype=torch.float32))
 
 
 def one_token(x: Tensor, picked: list[int], weights: list[float], nets: Nets) -> Tensor:

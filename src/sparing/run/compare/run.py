@@ -20,6 +20,7 @@ from sparing.run.compare.same import first_difference
 from sparing.run.compare.work import Job, Launch, Pool, Processes, locked
 from sparing.run.declared import Compared
 from sparing.run.estimate import seconds as estimated_seconds
+from sparing.run.recipe import resolve
 
 PAGE = "compare.html"
 Note = Callable[[str], None]
@@ -42,6 +43,14 @@ def run_comparison(
         work = _Work(asked, arms, compared, launch or Processes(lock), note)
         work.go()
         return work.end()
+
+
+def _as_of_now(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A run's recipe with options that it did not know at their defaults, which change nothing."""
+    try:
+        return resolve(recipe).to_dict()
+    except RequestError:  # it has options that there are no longer
+        return recipe
 
 
 @final
@@ -159,7 +168,8 @@ class _Work:
             for seed in self.seeds:
                 run = self._find(self._place(planned, seed), planned.name)
                 tuned = self.tuning is None or planned.name in self.tuned
-                key = first_difference(run.recipe, wanted) if run.recipe and tuned else ""
+                held = _as_of_now(run.recipe) if run.recipe and tuned else wanted
+                key = first_difference(held, wanted)
                 if key:
                     raise RequestError(
                         f'{run.path} holds a run of other settings than the arm "{planned.name}" '
