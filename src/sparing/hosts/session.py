@@ -50,7 +50,8 @@ class Session:
     Args:
         model: changed in place by methods that prepare it; use ``session.model`` afterwards.
         methods: constructed methods; their order and conflicts are checked here.
-        data: a map-style data set, or anything with ``batch(index)`` and a length.
+        data: a map-style data set, or anything with ``batch(index)`` and a length; if it has
+            ``set_epoch(epoch)``, that is called before each epoch, also after a resume.
         optimizer: builds it from groups of named parameters: ``partial(AdamW, lr=1e-3)``.
         losses: ``losses(model, batch) -> ((B,) losses, outputs)``. Optional: with it the session
             tries one batch through every seam before any compute is spent, counts the FLOPs of
@@ -165,6 +166,8 @@ class Session:
         """Micro-batches with their contexts until the planned end; resumes where it stood."""
         while not self.finished:
             plan = self._plan = self._plan or self._make_plan()
+            if callable(tell := getattr(self.data, "set_epoch", None)):
+                tell(self.clock.epoch)  # what it draws at random is another in each epoch
             source = loading.batches(
                 self.data,
                 plan,

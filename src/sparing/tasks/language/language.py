@@ -12,12 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparing.core.errors import RequestError, nearest
+from sparing.core.modes import evaluating
 from sparing.core.state import replacing
 from sparing.core.task import Samples
 from sparing.tasks.language import corpus, reference
 from sparing.tasks.language.dataset import Windows, held_out_windows, passages
 from sparing.tasks.language.options import BYTES, LanguageOptions
-from sparing.tasks.language.sample import evaluating, sample
+from sparing.tasks.language.sample import sample
 
 _PROMPT_BYTES = 48
 
