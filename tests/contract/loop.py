@@ -79,6 +79,14 @@ CASES: dict[str, list[dict[str, Any]]] = {
     "random": [{}, {"experts": 4, "k": 1.3}],
     "hash": [{}, {"experts": 4, "k": 2, "by": "input"}],
     "switch": [{}, {"experts": 4, "jitter": 0.3}],
+    "infobatch": [{}, {"ratio": 0.7, "delta": 1.0, "normalise": "none"}, {"normalise": "batch"}],
+    "quantiles": [{}, {"borders": [0.3], "keep": [0.5, 1.0], "delta": 1.0, "normalise": "none"}],
+    "ucb": [{}, {"ratio": 0.3, "every": 1, "width": 2.0, "delta": 1.0}],
+    "seta": [{}, {"ratio": 0.2, "groups": 3, "window": 0.7, "delta": 1.0}],
+    "random-samples": [{}, {"lengths": [30, 13]}, {"ratio": 0.5, "delta": 0.5}],
+    "gain-proportional": [{}, {"strength": 0.5, "share": 0.6, "rescale": True}],
+    "two-phase": [{}, {"strength": 2.0, "rescale": True}],
+    "coreset": [{}, {"ratio": 0.3, "hard": False}],
 }
 
 
@@ -134,6 +142,7 @@ class Loop:
         self.data = tokens(data_seed)
         self.domain = torch.arange(SAMPLES) % 2
         self.events: list[dict[str, Any]] = []
+        self.order, self.place = torch.arange(SAMPLES), SAMPLES
         self.model = dense()
         setup = Setup(seed=3, steps=self.clock.steps, world_size=ranks.world_size())
         groups: list[dict[str, Any]] = []
@@ -175,14 +184,14 @@ class Loop:
 
     def run(self, steps: int, *, evaluate: bool = False) -> Loop:
         for _ in range(steps):
-            place = self.clock.step % STEPS_PER_EPOCH
-            if place == 0:
+            if self.place >= len(self.order):
                 plans = [plan for part in self.methods if (plan := part.order(self.clock))]
-                self.order = plans[0].index if plans else torch.arange(SAMPLES)
-            self._step(self.order[place * BATCH : (place + 1) * BATCH])
+                self.order, self.place = plans[0].index if plans else torch.arange(SAMPLES), 0
+            self._step(self.order[self.place : self.place + BATCH])
             if evaluate:
                 self.evaluate()
-            if self.clock.step % STEPS_PER_EPOCH == 0:
+            self.place += BATCH
+            if self.place >= len(self.order):
                 self.clock.epoch_ended = True
                 for part in self.methods:
                     part.step(self.clock, self.optimizer)
@@ -224,6 +233,7 @@ class Loop:
             "clock": self.clock.state_dict(),
             "ledger": self.ledger.state_dict(),
             "order": self.order,
+            "place": self.place,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -233,7 +243,7 @@ class Loop:
             part.load_state_dict(own)
         self.clock.load_state_dict(state["clock"])
         self.ledger.load_state_dict(state["ledger"])
-        self.order = state["order"]
+        self.order, self.place = state["order"], state["place"]
 
     def outcome(self) -> dict[str, Any]:
         """All that must come out the same wherever training was the same."""

@@ -141,11 +141,10 @@ def gather_rows(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
     found: list[list[Tensor]] = [[] for _ in range(world_size())]
     for number, tensor in enumerate(own):
         most = max(int(count[number]) for count in counts)
-        raw = tensor.reshape(len(tensor), -1)
-        bytes_ = raw.view(torch.uint8) if raw.numel() else raw.new_zeros(0, dtype=torch.uint8)
+        bytes_ = tensor.reshape(-1).view(torch.uint8)
         row = tensor[:1].nbytes if len(tensor) else tensor.new_zeros(1, *tensor.shape[1:]).nbytes
         padded = torch.zeros(most * row, dtype=torch.uint8, device=device)
-        padded[: bytes_.numel()] = bytes_.reshape(-1).to(device)
+        padded[: bytes_.numel()] = bytes_.to(device)
         parts = [torch.zeros_like(padded) for _ in range(world_size())]
         dist.all_gather(parts, padded)
         for rank_, part in enumerate(parts):

@@ -6,6 +6,8 @@ dynamic programme (Wang and Song 2011, Ckmeans.1d.dp) and no random start can mi
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -40,13 +42,13 @@ def labels(values: NDArray[np.float32], cuts: NDArray[np.float32]) -> NDArray[np
     return found
 
 
-def _histogram(values: NDArray[np.float32], bins: int) -> tuple[NDArray[np.float32], ...]:
+def _histogram(values: NDArray[np.float32], bins: int) -> tuple[NDArray[Any], ...]:
     """Least value, count, sum and sum of squares of each bin that is not empty, rising."""
     distinct = np.unique(values[: bins * 4])
     if values.size <= bins * 4 and distinct.size <= bins:
-        each, count = np.unique(values, return_counts=True)
+        each, times = np.unique(values, return_counts=True)
         wide = each.astype(np.float64)
-        return each, count, wide * count, wide * wide * count  # type: ignore[return-value]
+        return each, times, wide * times, wide * wide * times
     low, high = float(values.min()), float(values.max())
     if low == high:
         return _histogram(values[:1], bins)
@@ -61,6 +63,7 @@ def _histogram(values: NDArray[np.float32], bins: int) -> tuple[NDArray[np.float
     )
     edges = edges[(edges > low) & (edges <= high)]
     size = edges.size + 1
+    count: NDArray[Any]
     count, total, square = (np.zeros(size) for _ in range(3))
     for at in range(0, values.size, BLOCK):
         part = values[at : at + BLOCK]
@@ -71,20 +74,18 @@ def _histogram(values: NDArray[np.float32], bins: int) -> tuple[NDArray[np.float
         square += np.bincount(place, weights=wide * wide, minlength=size)
     full = count > 0
     first = np.concatenate([np.asarray([low], dtype=np.float32), edges])
-    return first[full], count[full], total[full], square[full]  # type: ignore[return-value]
+    return first[full], count[full], total[full], square[full]
 
 
 def _best(
-    count: NDArray[np.float32], total: NDArray[np.float32], square: NDArray[np.float32], k: int
+    count: NDArray[Any], total: NDArray[Any], square: NDArray[Any], k: int
 ) -> NDArray[np.int64]:
     """Where clusters 2 to k begin among m bins, so that the sum of squares is least."""
     centre = total.sum() / count.sum()  # about the mean, cancellation is least
     square = square - 2 * centre * total + centre * centre * count
     total = total - centre * count
     m = count.size
-    c, t, s = (
-        np.concatenate([[0.0], np.cumsum(x, dtype=np.float64)]) for x in (count, total, square)
-    )
+    c, t, s = (np.append(0.0, np.cumsum(x, dtype=np.float64)) for x in (count, total, square))
     # cost[i, j]: the sum of squares of bins i to j - 1 about their mean, infinite for i >= j
     width = c[None, :] - c[:, None]
     with np.errstate(divide="ignore", invalid="ignore"):

@@ -34,31 +34,23 @@ def probabilities(gains: NDArray[np.float32], strength: float = 1.0) -> NDArray[
     ``min(1, gain / the 99th percentile) ** strength``; all 1 where no gain is above 0.
     """
     known = gains[~np.isnan(gains)]
-    top = (
-        np.partition(known, (known.size - 1) * 99 // 100)[(known.size - 1) * 99 // 100]
-        if (known.size)
-        else 0.0
-    )
+    place = (known.size - 1) * 99 // 100
+    top = float(np.partition(known, place)[place]) if known.size else 0.0
     if top <= 0:
         return np.ones(gains.size, dtype=np.float32)
-    clipped = np.clip(np.nan_to_num(gains / np.float32(top), nan=1.0), 0.0, 1.0)
-    return (clipped ** np.float32(strength)).astype(np.float32)
-
-
-def systematic(expected: NDArray[np.float64], random: Random) -> NDArray[np.int64]:
-    """Whole counts with these expectations, (N,) -> (N,) int64, each the one just below or above.
-
-    Systematic sampling (Madow 1949): the counts sum to the sum of the expectations, rounded down
-    or up by lot.
-    """
-    edges = np.floor(np.cumsum(expected) + random.random())
-    return np.diff(edges, prepend=0.0).astype(np.int64)
+    clipped: NDArray[np.float32] = np.clip(
+        np.nan_to_num(gains / np.float32(top), nan=1.0), 0.0, 1.0
+    )
+    return np.power(clipped, strength).astype(np.float32, copy=False)
 
 
 def _drawn(
     chance: NDArray[np.float32], factor: float, random: Random, total: int | None
 ) -> NDArray[np.uint16]:
-    """Systematic counts of mean ``factor * chance``, block by block; exactly ``total`` in all."""
+    """Whole counts of mean ``factor * chance``, each the one just below or above it.
+
+    Systematic sampling (Madow 1949), block by block; exactly ``total`` in all if that is given.
+    """
     counts = np.zeros(chance.size, dtype=np.uint16)
     start, taken = random.random(), 0
     passed = start

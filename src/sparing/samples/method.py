@@ -92,14 +92,15 @@ class SampleSelection(Method, Sampler[int]):
     ) -> None:
         super().__init__(**options)
         self.shard = shard
-        self._size = self._epochs = None
+        self._size: int | None = None
+        self._epochs: int | None = None
         self._seed = seed
         self._scores: ScoreTable | None = None
         self._selection: Selection | None = None
         self._weights: Weights | None = None
         self._epoch = 0
         self._start = self._reported = self._since = 0
-        self._exhausted = False
+        self._exhausted = self._trained = False
         self._lengths: list[int] = []
         self._times: NDArray[np.uint16] | None = None
         self._counted: dict[str, int] = {}
@@ -224,6 +225,7 @@ class SampleSelection(Method, Sampler[int]):
         self._selection, self._epoch, self._exhausted = selection, epoch, False
         self._weights = Weights(selection, by_batch=self.options.normalise == "batch")
         self._start = self._reported = 0
+        self._trained = False
         self._lengths.append(len(selection))
         if self._times is None:
             self._times = np.zeros(self.size, dtype=np.uint16)
@@ -379,6 +381,7 @@ class SampleSelection(Method, Sampler[int]):
 
     def _count(self, rows: int) -> None:
         self._reported += rows
+        self._trained = True
         self._since += rows
 
     # ---- epochs, account, state --------------------------------------------------------------

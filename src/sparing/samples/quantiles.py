@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, ClassVar, final
 
 import numpy as np
@@ -25,7 +26,7 @@ from sparing.samples.selection import Selection, chosen, everything
 def counts_of(size: int, borders: Sequence[float], keep: Sequence[float]) -> list[tuple[int, int]]:
     """(samples, kept) of each stratum: cut at ``round(border * size)``; none is emptied."""
     ends = [0, *(rounded(border, size) for border in borders), size]
-    strata = [high - low for low, high in zip(ends, ends[1:], strict=False)]
+    strata = [high - low for low, high in pairwise(ends)]
     return [
         (have, min(have, max(1, rounded(share, have))))
         for have, share in zip(strata, keep, strict=True)

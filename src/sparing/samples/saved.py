@@ -15,8 +15,6 @@ from sparing.samples.weights import Weights
 if TYPE_CHECKING:
     from sparing.samples.method import SampleSelection
 
-_PLAIN = ("_epoch", "_since", "_size")
-
 
 @final
 class Saved:
@@ -31,7 +29,7 @@ class Saved:
             "size": method._size,
             "epoch": method._epoch,
             "done": method._done,
-            "trained": method._reported > 0,
+            "trained": method._trained,
             "since": method._since,
             "lengths": list(method._lengths),
             "counted": dict(method._counted),
@@ -67,6 +65,7 @@ class Saved:
         method._times = None if times is None else times.numpy().astype(np.uint16)
         method._exhausted = False
         method._start, method._reported = state["done"], 0
+        method._trained = state["trained"]
         complete = method._selection is not None and state["done"] == len(method._selection)
         if complete and state["trained"]:  # the next epoch begins, wherever it is asked for
             world = ranks.world_size()

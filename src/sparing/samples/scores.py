@@ -279,7 +279,7 @@ def _to_cpu(tensors: list[Tensor]) -> list[Tensor]:
     sizes = [tensor.numel() for tensor in tensors]
     if len({tensor.device for tensor in tensors}) > 1:
         return [tensor.cpu() for tensor in tensors]
-    return list(torch.cat(tensors).cpu().split(sizes))
+    return list(torch.split_with_sizes(torch.cat(tensors).cpu(), sizes))
 
 
 def _turns(ids: NDArray[np.int64]) -> list[NDArray[np.int64]]:

@@ -45,7 +45,8 @@ class Selection:
         """The weights of samples by id: (B,) -> (B,) float32; None where all are 1."""
         if self.weights is None:
             return None
-        return self.weights[ids if self.code is None else self.code[ids]]
+        found: NDArray[np.float32] = self.weights[ids if self.code is None else self.code[ids]]
+        return found
 
     def mean_weight(self) -> float:
         """The mean over the epoch's samples."""

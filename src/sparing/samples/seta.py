@@ -95,7 +95,7 @@ class SeTa(SampleSelection):
 
     @property
     def idle(self) -> bool:
-        return self.options.ratio == 0 and self.options.window == 1
+        return bool(self.options.ratio == 0 and self.options.window == 1)
 
     @property
     def anneals(self) -> bool:

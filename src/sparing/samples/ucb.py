@@ -59,7 +59,8 @@ def plan(
     if before is not None and before.code is not None:
         return chosen(before.code, random)
     keep = max(1, rounded(1 - ratio, mean.size))
-    return chosen(highest(mean + np.float32(width) * np.sqrt(variance), keep, random), random)
+    bound = (mean + width * np.sqrt(variance)).astype(np.float32)
+    return chosen(highest(bound, keep, random), random)
 
 
 @final
