@@ -60,7 +60,7 @@ def _share_chart(shares: list[float]) -> Chart | None:
     return chart(
         "kept-share",
         [Line(points=points, style="c1"), Line(points=points, style="c1", dots=True,
-              label=f"{points[-1][1]:.0f} % at the end")],
+              label=f"{points[-1][1]:.0f} %")],
         title="share of the samples that each epoch took, in percent",
         description=f"from {shares[0]:.0%} in the first epoch to {shares[-1]:.0%} in the last",
         x_range=(1.0, float(max(2, len(shares)))),
