@@ -1,4 +1,4 @@
-"""The vision task: data that is what it says, chance that can be repeated, a metric that adds up."""
+"""The vision task: data as it says, chance that can be repeated, a metric that adds up."""
 
 from __future__ import annotations
 

@@ -43,9 +43,7 @@ def optimizer(train: Train) -> Callable[[Any], torch.optim.Optimizer]:
                 )
                 entry["params"].append((name, p))
         kind, options = _kind(train)
-        built: torch.optim.Optimizer = kind(
-            list(split.values()), lr=train.learning_rate, **options
-        )
+        built: torch.optim.Optimizer = kind(list(split.values()), lr=train.learning_rate, **options)
         return built
 
     return build

@@ -25,7 +25,7 @@ from sparing.run.directory import RunDirectory
 from sparing.run.optim import optimizer, schedule
 from sparing.run.precision import probe
 from sparing.run.progress import Display, Quiet, signal_values
-from sparing.run.recipe import Recipe, difference, resolve
+from sparing.run.recipe import Recipe, Watch, difference, resolve
 from sparing.run.taken import Taken
 
 EXTRAS = {
@@ -370,7 +370,6 @@ class _Run:
                 self.display.note(f"no page was written: {error}")
         return summary
 
-
     def _pictures(self, model: nn.Module, shown: dict[str, Any]) -> dict[str, Any]:
         """What the task shows of the samples that a method names, by their ids."""
         groups = (shown.get("selection") or {}).get("groups") or []
@@ -384,12 +383,13 @@ class _Run:
 class _Due:
     """What is to happen at a step: by steps, or by the share that is done where epochs differ."""
 
-    def __init__(self, watch: Any, clock: Clock) -> None:
+    def __init__(self, watch: Watch, clock: Clock) -> None:
         self.watch, self.clock = watch, clock
 
     def __call__(self, name: str, before: float) -> bool:
         """Whether the step that led on from the share ``before`` is one of them."""
-        clock, share = self.clock, getattr(self.watch, name)
+        clock = self.clock
+        share: float = getattr(self.watch, name)
         if clock.done is None:
             return clock.step % max(1, round(share * (clock.steps or 0))) == 0
         # what rounding lost of a whole number of shares is given back

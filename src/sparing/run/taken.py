@@ -30,9 +30,7 @@ class Taken:
         epochs = [count.tolist() for count in self._counts]
         return {
             "sizes": dict(zip(self.domains, self.sizes, strict=True)),
-            "epochs": {
-                name: [row[i] for row in epochs] for i, name in enumerate(self.domains)
-            },
+            "epochs": {name: [row[i] for row in epochs] for i, name in enumerate(self.domains)},
         }
 
     def state_dict(self) -> dict[str, Any]:

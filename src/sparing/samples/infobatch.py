@@ -40,7 +40,8 @@ def plan(
     scores: (N,), NaN where unknown; such samples are kept. A score counts as low if it is strictly
     below the mean of those known. Exactly ``round((1 - ratio) * n1)`` of the n1 low ones are kept,
     at least one, and each weighs exactly n1 / kept, so that the sum of weighted gradients over the
-    epoch is unbiased; without ``rescale`` it weighs 1. Epochs from ``anneal`` on, and while no score is known, are full.
+    epoch is unbiased; without ``rescale`` it weighs 1. Epochs from ``anneal`` on, and while no
+    score is known, are full.
     """
     if anneal is not None and epoch >= anneal:
         return everything(scores.size, random)

@@ -9,7 +9,6 @@ import yaml
 from sparing.run.report import words
 from sparing.run.report.read import Run, number
 
-
 MOST_NAMED: Final = 5
 """More domains than that are counted, not named."""
 

@@ -23,7 +23,7 @@ class LanguageOptions:
     ``domains``: which texts. ``split``: evaluate on the ``final`` held-out text; or, to choose
     settings by, on a ``development`` part of the training text, which is then not trained on.
     ``seq_len``: bytes that a sample predicts. ``windows_per_domain``: train on so many windows of
-    each domain at most, spread evenly (None: on all), so that several epochs fit a budget. The model is a
+    each domain at most, spread evenly (None: on all), so that epochs repeat soon. The model is a
     transformer of the LLaMA architecture: ``dim`` wide, ``layers`` deep, with ``heads`` query
     heads over ``kv_heads`` key-value heads (None: as many), gated feed-forward blocks ``width``
     wide, initialised with standard deviation ``init_std``, its embedding with ``embed_std`` (None:

@@ -23,7 +23,7 @@ _ROW = 1 + 3 * 32 * 32
 
 
 def load(places: Sequence[Path], make: Callable[..., Any]) -> Any:
-    """What ``make(train=, test=, classes=, remark=)`` makes of it, from the first place that has it.
+    """What ``make(train=, test=, classes=, remark=)`` makes of the first place's files.
 
     Raises RequestError if none has, or Pillow is needed and missing.
     """

@@ -30,7 +30,7 @@ class Labelled:
 def development(whole: Labelled) -> tuple[Labelled, Labelled]:
     """Training images without the last sixth of each class, and these as held-out images."""
     held_out = torch.zeros(len(whole), dtype=torch.bool)
-    for label in whole.labels.unique():
+    for label in torch.unique(whole.labels):
         members = (whole.labels == label).nonzero().flatten()
         held_out[members[len(members) - len(members) // 6 :]] = True
     return whole.take(~held_out), whole.take(held_out)

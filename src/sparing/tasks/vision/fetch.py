@@ -41,8 +41,8 @@ def fashion_mnist(place: Path) -> Path:
             else:
                 return place
     raise RequestError(
-        f"Fashion-MNIST is not at hand and could not be fetched ({'; '.join(failed)}); put its four "
-        "*-ubyte.gz files into $SPARING_DATA/fashion-mnist, or take the part of it that is "
+        f"Fashion-MNIST is not at hand and could not be fetched ({'; '.join(failed)}); put its "
+        "four *-ubyte.gz files into $SPARING_DATA/fashion-mnist, or take the part of it that is "
         "shipped: -s task.dataset=fashion-mnist-small"
     )
 
@@ -74,5 +74,3 @@ def _run(command: list[str], work: Path) -> None:
     if ended.returncode:
         told = ended.stderr.strip().splitlines()
         raise OSError(f"{command[0]} failed: {told[-1] if told else ended.returncode}")
-
-

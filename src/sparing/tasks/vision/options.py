@@ -52,6 +52,8 @@ class VisionOptions:
             require_whole(option, getattr(self, option), 1)
         require_whole("crop", self.crop, 0)
         if self.crop > 8:
-            raise RequestError(f"crop moves images by up to that many pixels, at most 8: {self.crop}")
+            raise RequestError(
+                f"crop moves images by up to that many pixels, at most 8: {self.crop}"
+            )
         if self.stem_stride not in (1, 2):
             raise RequestError(f"stem_stride must be 1 or 2, got {self.stem_stride}")

@@ -71,7 +71,8 @@ def _scaled(images: Tensor, by: Tensor) -> Tensor:
 def centroids(known: Tensor, labels: Tensor, asked: Tensor, classes: int) -> Tensor:
     """Known (N, d), labels (N,), asked (M, d) -> the nearest class's number, (M,)."""
     means = torch.stack([known[labels == number].mean(0) for number in range(classes)])
-    return torch.cdist(asked, means).argmin(1)
+    nearest: Tensor = torch.cdist(asked, means).argmin(1)
+    return nearest
 
 
 def least_squares(known: Tensor, labels: Tensor, asked: Tensor, classes: int) -> Tensor:
@@ -81,7 +82,8 @@ def least_squares(known: Tensor, labels: Tensor, asked: Tensor, classes: int) ->
     wanted = torch.nn.functional.one_hot(labels, classes).double()
     inner = wide.T @ wide + torch.eye(wide.shape[1], dtype=torch.float64)
     weights = torch.linalg.solve(inner, wide.T @ (wanted - wanted.mean(0)))
-    return ((asked - mean).double() @ weights + wanted.mean(0)).argmax(1)
+    values: Tensor = (asked - mean).double() @ weights + wanted.mean(0)
+    return values.argmax(1)
 
 
 def neighbours(known: Tensor, labels: Tensor, asked: Tensor, classes: int) -> Tensor:
@@ -90,7 +92,7 @@ def neighbours(known: Tensor, labels: Tensor, asked: Tensor, classes: int) -> Te
     chosen = torch.arange(count) * len(known) // count
     known, labels = known[chosen], labels[chosen]
     square, found = known.square().sum(1), []
-    for part in asked.split(1000):
+    for part in torch.split(asked, 1000):
         distance = square - 2 * part @ known.T  # (m, N), less what does not change the order
         near = labels[distance.topk(min(NEIGHBOURS, count), largest=False).indices]  # (m, k)
         votes = torch.zeros(len(part), classes)

@@ -48,7 +48,8 @@ def load(dataset: str) -> Source:
             )
     if dataset == "fashion-mnist":
         return _fashion(_whole_fashion(), checked=True)
-    return cifar10.load(places(""), Source)
+    found: Source = cifar10.load(places(""), Source)
+    return found
 
 
 def places(folder: str) -> list[Path]:

@@ -152,7 +152,7 @@ class Vision:
         device = torch.device("cpu") if first is None else first.device
         found = []
         with evaluating(model):
-            for part in images.split(self.options.eval_batch):
+            for part in torch.split(images, self.options.eval_batch):
                 piece = self._ready()[0].laid_out(part).to(device)
                 found.append(model(piece).float().cpu())
         return torch.cat(found)
@@ -188,7 +188,7 @@ class Vision:
         return shown | ({"remark": self.remark} if self.remark else {})
 
     def show(self, model: nn.Module, index: Sequence[int]) -> list[dict[str, str]]:
-        """Training images, unmoved: {"image": data URI, "caption": class and what it is read as}."""
+        """Training images, unmoved: {"image": data URI, "caption": class, what it is read as}."""
         chosen = self._ready()[0].data.take(torch.tensor(list(index), dtype=torch.int64))
         if not len(chosen):
             return []
