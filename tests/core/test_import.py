@@ -53,7 +53,7 @@ def test_the_core_imports_torch_numpy_and_safetensors_only(imported):
 
 @pytest.mark.parametrize("name", [n for n in sparing.__all__ if n != "__version__"])
 def test_every_public_name_resolves_and_is_listed(name):
-    assert getattr(sparing, name).__name__ == name
+    assert getattr(sparing, name).__name__.rpartition(".")[2] == name  # one is a module
     assert name in dir(sparing)
 
 

@@ -71,7 +71,7 @@ def accelerated(rank: int) -> None:
     """Accelerate looks one batch ahead, deals batches out and counts epochs itself."""
     from accelerate import Accelerator
 
-    sampler = sparing.InfoBatch(ratio=0.5, size=N, epochs=4)
+    sampler = sparing.InfoBatch(ratio=0.5, delta=0.75, size=N, epochs=4)
     data = sparing.indexed(TensorDataset(torch.arange(N).float()))
     loader = Accelerator(cpu=True).prepare(DataLoader(data, sampler=sampler, batch_size=4))
     for epoch in range(4):

@@ -141,7 +141,9 @@ def gather_rows(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
     found: list[list[Tensor]] = [[] for _ in range(world_size())]
     for number, tensor in enumerate(own):
         most = max(int(count[number]) for count in counts)
-        bytes_ = tensor.reshape(-1).view(torch.uint8)
+        # nothing of a numpy array has strides that cannot be viewed as bytes
+        flat = tensor.reshape(-1) if tensor.numel() else torch.zeros(0, dtype=tensor.dtype)
+        bytes_ = flat.view(torch.uint8)
         row = tensor[:1].nbytes if len(tensor) else tensor.new_zeros(1, *tensor.shape[1:]).nbytes
         padded = torch.zeros(most * row, dtype=torch.uint8, device=device)
         padded[: bytes_.numel()] = bytes_.to(device)

@@ -157,6 +157,7 @@ METHODS: Final[tuple[Record, ...]] = (
         name="random-samples",
         target="sparing.samples.random:RandomSamples",
         summary="A random part of the samples each epoch: the control at equal cost.",
+        paper="arXiv 2303.04947",
         card="random-samples",
     ),
     Record(
