@@ -47,6 +47,7 @@ def smoke_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[st
         path = tmp_path_factory.mktemp("smoke") / recipe
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("SPARING_SMOKE", "1")
+            patch.setenv("XDG_CACHE_HOME", str(path.parent / "cache"))
             patch.setattr(reference, "references", stand_in_references)
             result = CliRunner().invoke(app, ["run", recipe, "--out", str(path), "--json"])
         assert result.exit_code == 0, (result.output, result.exception)

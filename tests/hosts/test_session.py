@@ -623,3 +623,34 @@ def test_bf16_with_experts():
     whole = language_session(restless(), precision="bf16", steps=4)
     assert all(np.isfinite(train(whole)))
     assert {p.dtype for p in whole.unwrapped.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_state_of_weights_with_channels_last_is_laid_out_as_they_are(kind):
+    from sparing.hosts.session import _lay_out_like_parameters_
+
+    def made() -> tuple[nn.Module, torch.optim.Optimizer]:
+        torch.default_generator.manual_seed(0)
+        model = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+        options = {"momentum": 0.9} if kind is torch.optim.SGD else {}
+        return model, kind(model.parameters(), lr=0.1, fused=True, **options)
+
+    def step(model: nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor) -> None:
+        torch.autograd.backward(model(x).square().mean())
+        optimizer.step()
+        optimizer.zero_grad()
+
+    with torch.random.fork_rng():
+        (model, optimizer), (other, resumed) = made(), made()
+        x = torch.randn(5, 3, 6, 6)
+    step(model, optimizer, x)
+    other.load_state_dict(model.state_dict())
+    saved = copy.deepcopy(optimizer.state_dict())
+    for held in saved["state"].values():  # as a file gives them back
+        held |= {k: v.clone(memory_format=torch.contiguous_format) for k, v in held.items()
+                  if isinstance(v, torch.Tensor)}  # fmt: skip
+    resumed.load_state_dict(saved)
+    _lay_out_like_parameters_(resumed)
+    step(model, optimizer, x)
+    step(other, resumed, x)
+    assert torch.equal(model.weight, other.weight)

@@ -130,3 +130,15 @@ def test_schedules(options, points):
     peak = rising.index(max(rising))
     assert rising[: peak + 1] == sorted(rising[: peak + 1])
     assert rising[peak:] == sorted(rising[peak:], reverse=True)
+
+
+def test_sgd_has_momentum_and_looks_ahead():
+    found = groups_of(Train(epochs=1, optimizer="sgd", learning_rate=0.2, weight_decay=5e-4))
+    assert {group["momentum"] for group in found.values()} == {0.9}
+    assert {group["nesterov"] for group in found.values()} == {True}
+    assert found["block.weight"]["weight_decay"] == 5e-4
+    assert found["block.bias"]["weight_decay"] == 0.0
+    plain = groups_of(Train(epochs=1, optimizer="sgd", momentum=0.0))
+    assert {(g["momentum"], g["nesterov"]) for g in plain.values()} == {(0.0, False)}
+    with pytest.raises(RequestError, match="momentum must be in"):
+        Train(epochs=1, momentum=1.0)

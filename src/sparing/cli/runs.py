@@ -73,8 +73,10 @@ def _summary_lines(summary: dict[str, Any], where: Path) -> list[str]:
     metric = summary["metric"]
     ledger = Ledger()
     ledger.load_state_dict(summary["ledger"])
+    entries = summary["ledger"]
+    unit = "samples" if entries.get("tokens") == entries.get("samples") else "tokens"
     said = [
-        f"{metric['name']} {metric['value']:.4f} after {summary['tokens']:,} tokens "
+        f"{metric['name']} {metric['value']:.4f} after {summary['tokens']:,} {unit} "
         f"in {summary['seconds']:.0f} s"
     ]
     said += [f"  {row}" for row in ledger.rows()]

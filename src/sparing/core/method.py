@@ -256,7 +256,9 @@ class Method(abc.ABC):
     ) -> dict[str, Any]:
         """What the report page shows of this method, as JSON-able data by key.
 
-        ``passages`` are the task's, ``read(passage)`` runs the model over one.
+        ``passages`` are the task's, ``read(passage)`` runs the model over one. The key
+        ``selection`` is for methods that choose samples: {size, lengths, by_difficulty, histogram,
+        never_dropped, groups: [{title, index}]}; the task shows the samples of the groups.
         """
         return {}
 

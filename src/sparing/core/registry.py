@@ -190,6 +190,11 @@ TASKS: Final[tuple[Record, ...]] = (
         summary="Byte-level language modelling of Shakespeare, grade-school maths and Python.",
         extras=("hf",),
     ),
+    Record(
+        name="vision",
+        target="sparing.tasks.vision:Vision",
+        summary="Image classification on Fashion-MNIST, a part of it that is shipped, or CIFAR-10.",
+    ),
 )
 
 OPTIMIZERS: Final[tuple[Record, ...]] = (

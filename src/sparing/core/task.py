@@ -9,7 +9,11 @@ from torch import Tensor, nn
 
 
 class Samples(Protocol):
-    """A finite training set whose samples keep their index for the whole run."""
+    """A finite training set whose samples keep their index for the whole run.
+
+    Optional: ``set_epoch(epoch)``, called before each epoch. A set that augments draws by seed,
+    epoch and index alone, so that a resumed run sees the same.
+    """
 
     def __len__(self) -> int: ...
 
@@ -22,11 +26,14 @@ class Samples(Protocol):
 class Task(Protocol):
     """Constructed from the recipe's options; ``prepare`` loads the data and is called once.
 
-    Three more are optional. ``evaluation``, a tuple of option names: those that decide data and
+    More are optional. ``evaluation``, a tuple of option names: those that decide data and
     evaluation, which the arms of a comparison must share. ``documents(model)``, {domain: (n,)
     float64 Tensor}: the metric of each held-out document, whose mean over a domain's documents,
     then over domains, is the metric; comparisons resample them. ``export(model, path)``: writes a
     trained model that no method has written, to the directory ``path``, whole or not at all.
+    ``show(model, index)``: training samples as a page shows them, a list of {"image" (a data URI)
+    or "text", "caption"}, for methods that name samples in their page. ``domain_name``: what a
+    domain is called, such as "class"; ``about_metric``: a sentence that says how to read it.
     """
 
     name: ClassVar[str]
@@ -39,6 +46,7 @@ class Task(Protocol):
     fingerprint: str
     """A hash of the data; results on different data are never compared."""
     tokens_per_sample: int
+    """1 where a sample is no sequence: budgets in tokens then count samples."""
 
     def prepare(self, seed: int) -> None: ...
 
@@ -67,7 +75,11 @@ class Task(Protocol):
         ...
 
     def page(self, model: nn.Module, seed: int) -> dict[str, Any]:
-        """What the report page shows of this task: generated samples, annotated passages."""
+        """What the report page shows of this task, by key.
+
+        ``samples`` [{domain, prompt, text}] that the model wrote, ``passages`` [{domain, bytes}]
+        for methods to annotate, ``pictures`` [{title, pictures: [{image, caption}]}], ``remark``.
+        """
         ...
 
     def read(self, model: nn.Module, passage: dict[str, Any]) -> None:

@@ -49,7 +49,8 @@ class Session(Bound):
     Args:
         model: changed in place by methods that prepare it; use ``session.model`` afterwards.
         methods: constructed methods; their order and conflicts are checked here.
-        data: a map-style data set, or anything with ``batch(index)`` and a length.
+        data: a map-style data set, or anything with ``batch(index)`` and a length; if it has
+            ``set_epoch(epoch)``, that is called before each epoch, also after a resume.
         optimizer: builds it from groups of named parameters: ``partial(AdamW, lr=1e-3)``.
         losses: ``losses(model, batch) -> ((B,) losses, outputs)``. Optional: with it the session
             tries one batch through every seam before any compute is spent, counts the FLOPs of
@@ -175,6 +176,8 @@ class Session(Bound):
         """Micro-batches with their contexts until the planned end; resumes where it stood."""
         while not self.finished:
             self.epochs.begin(len(self.data))
+            if callable(tell := getattr(self.data, "set_epoch", None)):
+                tell(self.clock.epoch)  # what it draws at random is another in each epoch
             self.clock.steps = self._planned_steps()
             plan = self.epochs.plan
             source = self.epochs.batches(
@@ -283,6 +286,7 @@ class Session(Bound):
             )
         self.unwrapped.load_state_dict(state["model"])
         self._torch_optimizer.load_state_dict(state["optimizer"])
+        _lay_out_like_parameters_(self._torch_optimizer)
         for method in self.methods:
             method.load_state_dict(state["methods"][method.name])
         epochs = state.get("epochs")
@@ -431,6 +435,19 @@ class Session(Bound):
             f"{what} is not finite at step {self.clock.step + 1} ({whose}); the optimizer was "
             "not stepped. Lower the learning rate, or look at these samples"
         )
+
+
+def _lay_out_like_parameters_(optimizer: torch.optim.Optimizer) -> None:
+    """Give loaded state the strides of its parameter: files keep none, fused kernels need them.
+
+    With channels last in memory a fused step would pair the momentum of one weight with another.
+    """
+    for parameter, state in optimizer.state.items():
+        for key, value in state.items():
+            if not isinstance(value, Tensor) or value.shape != parameter.shape:
+                continue
+            if value.stride() != parameter.stride():
+                state[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def _check(**counts: int | None) -> None:

@@ -42,14 +42,22 @@ def optimizer(train: Train) -> Callable[[Any], torch.optim.Optimizer]:
                     },
                 )
                 entry["params"].append((name, p))
-        kind = registry.optimizer("muon") if with_muon else torch.optim.AdamW
-        fused = {} if with_muon else {"fused": True}
-        built: torch.optim.Optimizer = kind(
-            list(split.values()), lr=train.learning_rate, betas=train.betas, **fused
-        )
+        kind, options = _kind(train)
+        built: torch.optim.Optimizer = kind(list(split.values()), lr=train.learning_rate, **options)
         return built
 
     return build
+
+
+def _kind(train: Train) -> tuple[Callable[..., torch.optim.Optimizer], dict[str, Any]]:
+    """The optimizer's class and the options that it alone has."""
+    if train.optimizer == "muon":
+        return registry.optimizer("muon"), {"betas": train.betas}
+    if train.optimizer == "sgd":
+        # looking ahead needs a momentum to look along
+        nesterov = train.nesterov and train.momentum > 0
+        return torch.optim.SGD, {"momentum": train.momentum, "nesterov": nesterov, "fused": True}
+    return torch.optim.AdamW, {"betas": train.betas, "fused": True}
 
 
 def _rate(name: str, train: Train, *, muon: bool) -> float:

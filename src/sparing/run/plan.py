@@ -8,7 +8,7 @@ import torch
 
 from sparing.core import flops
 from sparing.core.ledger import human
-from sparing.core.method import Setup, arrange
+from sparing.core.method import Setup, arrange, implements
 from sparing.run.recipe import Recipe
 from sparing.run.runner import check_extras, planned_steps
 
@@ -36,7 +36,10 @@ def plan(recipe: Recipe) -> dict[str, Any]:
         method.bind(size=len(task.train), epochs=train.epochs, steps=steps, model=model)
     batch = task.train.batch(torch.arange(min(train.batch_size, len(task.train))))
     once = flops.count(model, lambda: task.losses(model, batch)[0].mean())
-    tokens = steps * train.batch_size * train.accumulate * task.tokens_per_sample
+    samples = steps * train.batch_size * train.accumulate
+    if train.epochs is not None:  # the last batch of an epoch may be smaller
+        samples = min(samples, train.epochs * length)
+    tokens = samples * task.tokens_per_sample
     spent = dense = once.total * steps * train.accumulate
     for method in methods:
         more = method.estimate(tokens)
@@ -51,7 +54,9 @@ def plan(recipe: Recipe) -> dict[str, Any]:
         "steps": steps,
         "samples_per_step": train.batch_size * train.accumulate,
         "tokens": tokens,
-        "epochs": steps * train.batch_size * train.accumulate / length,
+        "epochs": samples / length,
+        "at_most": any(implements(method, "order") for method in methods),
+        "unit": "samples" if task.tokens_per_sample == 1 else "tokens",
         "parameters": sum(p.numel() for p in model.parameters()),
         "methods": {method.name: method.touches() for method in methods},
         "flops": {"spent": spent, "dense": dense},
@@ -61,12 +66,13 @@ def plan(recipe: Recipe) -> dict[str, Any]:
 def lines(planned: dict[str, Any]) -> list[str]:
     """The plan as people read it."""
     spent, dense = planned["flops"]["spent"], planned["flops"]["dense"]
+    most = "at most " if planned["at_most"] else ""
     told = [
         f"{planned['recipe']}: {planned['about']}",
         f"data        {', '.join(planned['domains'])}: {planned['samples']:,} samples "
         f"({planned['corpus'][:12]})",
-        f"budget      {planned['tokens']:,} tokens in {planned['steps']:,} steps, "
-        f"{planned['epochs']:.2f} epochs",
+        f"budget      {most}{planned['tokens']:,} {planned['unit']} in {planned['steps']:,} steps, "
+        f"{planned['epochs']:.2f} epochs{', less what a method leaves out' if most else ''}",
         f"model       {planned['parameters']:,} parameters",
     ]
     for name, touched in planned["methods"].items():
@@ -74,7 +80,7 @@ def lines(planned: dict[str, Any]) -> list[str]:
         told += [f"{'':<11} {line}" for line in touched[1:]]
     told.append(
         f"compute     about {human(spent, 'flops')} of {human(dense, 'flops')} dense "
-        f"({spent / dense:.0%}), forward and backward"
+        f"({spent / dense:.0%}), forward and backward{', if nothing is left out' if most else ''}"
     )
     if "seconds" in planned:
         total = planned["seconds"]["total"]

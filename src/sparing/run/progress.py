@@ -14,6 +14,8 @@ from rich.text import Text
 
 PLAIN_SECONDS = 10.0
 """Seconds between plain lines."""
+MOST_SHOWN = 16
+"""Longer lists than that are for the record only."""
 
 
 class Display(Protocol):
@@ -129,6 +131,8 @@ def signal_values(signals: dict[str, dict[str, Any]]) -> dict[str, str]:
         for key, value in values.items():
             name = key.replace("_", " ")
             if isinstance(value, list):
+                if len(value) > MOST_SHOWN:
+                    continue
                 shown[name] = " ".join(str(item) for item in value)
             else:
                 shown[name] = f"{value:.2f}" if isinstance(value, float) else str(value)

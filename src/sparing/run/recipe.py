@@ -30,7 +30,8 @@ class Train:
     """How a recipe trains.
 
     tokens or epochs: the budget, whichever ends first. optimizer ``muon`` moves matrices at
-    ``muon_rate``, and by AdamW at ``learning_rate`` all vectors and what ``adamw_names`` matches.
+    ``muon_rate``, and by AdamW at ``learning_rate`` all vectors and what ``adamw_names`` matches;
+    ``sgd`` has ``momentum``, with ``nesterov`` looking ahead, and no ``betas``.
     ``rates`` sets the rate of parameters by the first pattern that their name matches. Rates rise
     linearly over the ``warmup`` share of steps and fall by ``schedule`` to ``final`` of
     themselves. weight_decay acts on matrices only. clip: largest gradient norm, null for none.
@@ -41,7 +42,7 @@ class Train:
     epochs: int | None = None
     batch_size: int = 8
     accumulate: int = 1
-    optimizer: Literal["adamw", "muon"] = "adamw"
+    optimizer: Literal["adamw", "muon", "sgd"] = "adamw"
     learning_rate: float = 1e-3
     muon_rate: float = 0.02
     adamw_names: tuple[str, ...] = ("*embed*", "*head*", "*.router.*")
@@ -51,6 +52,8 @@ class Train:
     final: float = 0.0
     weight_decay: float = 0.1
     betas: tuple[float, float] = (0.9, 0.95)
+    momentum: float = 0.9
+    nesterov: bool = True
     clip: float | None = 1.0
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     threads: int | None = None
@@ -77,6 +80,8 @@ class Train:
             raise RequestError(f"train.clip must be above 0 or null, got {self.clip}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise RequestError(f"train.betas must be in [0, 1), got {list(self.betas)}")
+        if not 0 <= self.momentum < 1:
+            raise RequestError(f"train.momentum must be in [0, 1), got {self.momentum}")
 
 
 @final

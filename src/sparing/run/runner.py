@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from sparing.core.clock import Clock
 from sparing.core.errors import DivergedError, RequestError, RunError, SparingError
 from sparing.core.random_state import random_state, set_random_state_
 from sparing.hosts.session import Session
@@ -24,11 +25,13 @@ from sparing.run.directory import RunDirectory
 from sparing.run.optim import optimizer, schedule
 from sparing.run.precision import probe
 from sparing.run.progress import Display, Quiet, signal_values
-from sparing.run.recipe import Recipe, difference, resolve
+from sparing.run.recipe import Recipe, Watch, difference, resolve
+from sparing.run.taken import Taken
 
 EXTRAS = {
     "hf": ("transformers",),
     "report": ("jinja2",),
+    "vision": ("PIL",),
 }
 """The modules that tell whether an extra is installed."""
 
@@ -119,13 +122,16 @@ class _Run:
         self.recipe, self.directory, self.display = recipe, directory, display
         self.resume = resume
         self.code = record.code_hash()  # now: the sources may change while the run is under way
-        self.seconds = 0.0
+        self.seconds, self.steps = 0.0, 0
         self.lately = _Lately()
         self.probed: dict[str, float] = {}
         self.task = recipe.build_task()
         display.note(f"{recipe.name}: loading {recipe.task['name']}")
         self.task.prepare(recipe.seed)
         self.session = self._session()
+        whose = self.task.domain_of(torch.arange(len(self.task.train)))
+        sizes = torch.bincount(whose, minlength=len(self.task.domains))
+        self.taken = Taken(self.task.domains, sizes)
 
     def _session(self) -> Session:
         recipe, task, train = self.recipe, self.task, self.recipe.train
@@ -165,35 +171,34 @@ class _Run:
 
     def go(self, *, page: bool, command: str) -> dict[str, Any]:
         session, clock = self.session, self.session.clock
-        steps = clock.steps
-        assert steps is not None
+        assert clock.steps is not None
+        steps = self.steps = clock.steps  # a bound, where methods leave samples out
         if self.resume:
             self._restore()
         else:  # not before: a request that turned out wrong leaves nothing behind
             self.directory.write_recipe(self.recipe)
         (self.directory.path / "diverged.json").unlink(missing_ok=True)
-        self.directory.rewind(clock.step, steps)
+        # a method that leaves samples out ends before the planned steps
+        self.directory.rewind(clock.step, clock.step if session.finished else steps)
         watch = self.recipe.watch
-        every = {
-            name: max(1, round(getattr(watch, name) * steps))
-            for name in ("evaluate", "checkpoint", "log")
-        }
+        due = _Due(watch, clock)
         self.display.start(self.recipe.name, steps, clock.step)
         begun, before = time.monotonic(), self.seconds
         lately = self.lately
         try:
             for batch, context in session:
+                self.taken.add(clock.epoch, context.domain)
                 losses, outputs = session.forward(batch)
-                step = clock.step
+                step, fraction = clock.step, clock.fraction
                 lately.add(session.step(losses, context, outputs), clock.tokens)
                 if clock.step == step:
                     continue  # within an accumulation
                 self.seconds = before + time.monotonic() - begun
-                self._report(force=clock.step % every["log"] == 0 or clock.step == steps)
-                if clock.step % every["evaluate"] == 0 and clock.step < steps:
+                self._report(force=due("log", fraction) or session.finished)
+                if due("evaluate", fraction) and not session.finished:
                     self._evaluate()
                     self.seconds = before + time.monotonic() - begun
-                if clock.step % every["checkpoint"] == 0:
+                if due("checkpoint", fraction):
                     self._save()
         except RunError as error:
             if isinstance(error, DivergedError):  # so that nobody runs it again in vain
@@ -216,10 +221,11 @@ class _Run:
         signals = session.signals()
         shown = {
             "loss": f"{lately.loss:.3f}",
-            "tokens/s": f"{lately.speed:,.0f}",
+            f"{self._unit}/s": f"{lately.speed:,.0f}",
             **signal_values(signals),
         }
-        self.display.update(clock.step, shown)
+        done = clock.step if clock.by_epochs is None else math.floor(clock.fraction * self.steps)
+        self.display.update(done, shown)
         if force:
             self.directory.log(
                 "train",
@@ -234,6 +240,11 @@ class _Run:
                 learning_rate=session.optimizer.param_groups[0]["lr"],
                 signals=signals,
             )
+
+    @property
+    def _unit(self) -> str:
+        """What is counted as a token: where no sample is a sequence, samples."""
+        return "samples" if self.task.tokens_per_sample == 1 else "tokens"
 
     def _log_event(self, event: dict[str, Any]) -> None:
         told = {key: value for key, value in event.items() if key != "kind"}
@@ -263,6 +274,7 @@ class _Run:
     def _save(self) -> None:
         state = {"session": self.session.state_dict(), "seconds": self.seconds}
         state["lately"] = self.lately.state_dict()
+        state["taken"] = self.taken.state_dict()
         about = {
             "recipe": self.recipe.to_dict(),
             "fingerprint": self.task.fingerprint,
@@ -291,6 +303,8 @@ class _Run:
         self.session.load_state_dict(state["session"])
         self.seconds = state["seconds"]
         self.lately.load_state_dict(state["lately"])
+        if "taken" in state:  # checkpoints of earlier versions have none
+            self.taken.load_state_dict(state["taken"])
         self.probed = about["probed"]
 
     def _kept(self) -> str:
@@ -316,7 +330,12 @@ class _Run:
                 )
             if not place.exists() and hasattr(task, "export"):
                 task.export(model, place)
+            shown |= self._pictures(model, shown)
         shown |= {"domains": list(task.domains), "references": task.references()}
+        shown["taken"] = self.taken.page()
+        for key in ("domain_name", "about_metric"):
+            if hasattr(task, key):
+                shown[key] = getattr(task, key)
         shown["command"] = command
         self.directory.write_json("page.json", shown)
         summary = {
@@ -349,6 +368,31 @@ class _Run:
             except SparingError as error:  # the run is whole without its page
                 self.display.note(f"no page was written: {error}")
         return summary
+
+    def _pictures(self, model: nn.Module, shown: dict[str, Any]) -> dict[str, Any]:
+        """What the task shows of the samples that a method names, by their ids."""
+        groups = (shown.get("selection") or {}).get("groups") or []
+        if not hasattr(self.task, "show"):
+            return {}
+        ids = sorted({number for group in groups for number in group["index"]})
+        return {"shown": dict(zip(map(str, ids), self.task.show(model, ids), strict=True))}
+
+
+@final
+class _Due:
+    """What is to happen at a step: by steps, or, where epochs are planned, by the share done."""
+
+    def __init__(self, watch: Watch, clock: Clock) -> None:
+        self.watch, self.clock = watch, clock
+
+    def __call__(self, name: str, before: float) -> bool:
+        """Whether the step that led on from the share ``before`` is one of them."""
+        clock = self.clock
+        share: float = getattr(self.watch, name)
+        if clock.by_epochs is None:
+            return clock.step % max(1, round(share * (clock.steps or 0))) == 0
+        # what rounding lost of a whole number of shares is given back
+        return math.floor(clock.fraction / share + 1e-9) > math.floor(before / share + 1e-9)
 
 
 @final

@@ -32,13 +32,15 @@ def plan(
     *,
     ratio: float,
     anneal: int | None = None,
+    rescale: bool = True,
 ) -> Selection:
     """The samples and weights of an epoch, counted from 0.
 
     scores: (N,), NaN where unknown; such samples are kept. A score counts as low if it is strictly
     below the mean of those known. Exactly ``round((1 - ratio) * n1)`` of the n1 low ones are kept,
     at least one, and each weighs exactly n1 / kept, so that the sum of weighted gradients over the
-    epoch is unbiased. Epochs from ``anneal`` on, and while no score is known, are full.
+    epoch is unbiased; without ``rescale`` it weighs 1. Epochs from ``anneal`` on, and while no
+    score is known, are full.
     """
     if anneal is not None and epoch >= anneal:
         return everything(scores.size, random)
@@ -50,7 +52,7 @@ def plan(
         return everything(scores.size, random)
     keep = max(1, rounded(1 - ratio, low))
     thin_(code, BELOW, keep, random)
-    return chosen(code, random, [0.0, low / keep, 1.0])
+    return chosen(code, random, [0.0, low / keep, 1.0] if rescale else None)
 
 
 def check_ratio(ratio: object) -> None:
@@ -66,11 +68,13 @@ class InfoBatchOptions(SelectionOptions):
     """Options of InfoBatch.
 
     ratio: share of the well learned samples that an epoch leaves out, in [0, 1). delta: the share
-    of the epochs that choose; the rest, from ``ceil(delta * epochs)`` on, are full.
+    of the epochs that choose; the rest, from ``ceil(delta * epochs)`` on, are full. rescale: weigh
+    up the samples that stand for others; without, gradients lean toward what is hard.
     """
 
     ratio: float = 0.5
     delta: float = 0.875
+    rescale: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -91,7 +95,10 @@ class InfoBatch(Annealed):
         return bool(self.options.ratio == 0)
 
     def choose(self, epoch: int, scores: ScoreTable, random: Random) -> Selection:
-        return plan(epoch, scores.value, random, ratio=self.options.ratio, anneal=self.anneal)
+        o = self.options
+        return plan(
+            epoch, scores.value, random, ratio=o.ratio, anneal=self.anneal, rescale=o.rescale
+        )
 
     def bounds(self, epoch: int) -> tuple[int, int]:
         size, anneal = self.size, self.anneal

@@ -29,7 +29,7 @@ from sparing.core.errors import RequestError, unknown
 from sparing.core.ledger import Ledger
 from sparing.core.method import Context, Method, Plan, Signal
 from sparing.samples import draw
-from sparing.samples.page import summary
+from sparing.samples.page import kept_by_difficulty, summary
 from sparing.samples.saved import Saved
 from sparing.samples.scores import ScoreTable
 from sparing.samples.selection import NORMALISE, Selection, everything, normalised
@@ -102,6 +102,7 @@ class SampleSelection(Method, Sampler[int]):
         self._start = self._reported = self._since = 0
         self._exhausted = self._trained = False
         self._lengths: list[int] = []
+        self._by_difficulty: list[list[float]] = []
         self._times: NDArray[np.uint16] | None = None
         self._counted: dict[str, int] = {}
         self._carry: dict[str, int] = {}
@@ -244,6 +245,8 @@ class SampleSelection(Method, Sampler[int]):
             present = np.zeros(self.size, dtype=bool)
             present[selection.index] = True
             self._times += present
+        scores = self._scores.value if self._scores is not None else None
+        self._by_difficulty.append(kept_by_difficulty(scores, selection))
 
     @property
     def selection(self) -> Selection:
@@ -454,7 +457,11 @@ class SampleSelection(Method, Sampler[int]):
     ) -> dict[str, Any]:
         if self._times is None:
             return {}
-        return {"selection": summary(self.scores.value, self._times, self._lengths, self.size)}
+        return {
+            "selection": summary(
+                self.scores.value, self._times, self._lengths, self.size, self._by_difficulty
+            )
+        }
 
     def times_kept(self) -> NDArray[np.uint16]:
         """In how many epochs each sample came: (N,)."""

@@ -32,6 +32,7 @@ class Saved:
             "trained": method._trained,
             "since": method._since,
             "lengths": list(method._lengths),
+            "by_difficulty": [list(row) for row in method._by_difficulty],
             "counted": dict(method._counted),
             "carry": dict(method._carry),
             "scores": None if method._scores is None else method._scores.state_dict(),
@@ -51,6 +52,7 @@ class Saved:
         method._epoch = state["epoch"]
         method._since = state["since"]
         method._lengths = list(state["lengths"])
+        method._by_difficulty = [list(row) for row in state["by_difficulty"]]
         method._counted, method._carry = dict(state["counted"]), dict(state["carry"])
         method._scores = None
         if state["scores"] is not None:

@@ -129,14 +129,24 @@ def _spent(runs: Sequence[Found], unit: str) -> float:
 
 
 def _mean_signals(runs: Sequence[Found]) -> dict[str, dict[str, Any]]:
-    """By method, the mean of each signal that is a number in every run."""
+    """By method, the mean of each signal that is a number in every run, or a list of numbers."""
     every = [run.summary.get("methods") or {} for run in runs]
-    return {
-        name: {
-            key: mean(each[name][key] for each in every)
-            for key, value in signals.items()
-            if isinstance(value, int | float)
-            and all(isinstance(each.get(name, {}).get(key), int | float) for each in every)
-        }
-        for name, signals in every[0].items()
-    }
+    found: dict[str, dict[str, Any]] = {}
+    for name, signals in every[0].items():
+        each = {key: [one.get(name, {}).get(key) for one in every] for key in signals}
+        means = {key: _mean(values) for key, values in each.items()}
+        found[name] = {key: value for key, value in means.items() if value is not None}
+    return found
+
+
+def _mean(values: Sequence[Any]) -> Any:
+    """The mean of numbers, or of lists place by place, whole where all are; None of others."""
+    if all(isinstance(value, int | float) for value in values):
+        return mean(values)
+    if not all(isinstance(value, list) for value in values) or len(set(map(len, values))) != 1:
+        return None
+    places = [_mean(place) for place in zip(*values, strict=True)]
+    if None in places:
+        return None
+    whole = all(isinstance(item, int) for value in values for item in value)
+    return [round(place) for place in places] if whole else places

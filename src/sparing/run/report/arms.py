@@ -179,7 +179,9 @@ def curves(comparison: Comparison) -> list[Chart]:
     if not finals:
         return []
     low, high = window(finals, comparison.higher_is_better)
-    for x, unit in AXES.items():
+    unit_of_data = _unit(comparison)
+    for x, named in AXES.items():
+        unit = unit_of_data if x == "tokens" else named
         lines: list[Line] = []
         marks: list[Mark] = []
         ends: list[float] = []
@@ -227,6 +229,12 @@ def curves(comparison: Comparison) -> list[Chart]:
         )
         found += [drawn] if drawn else []
     return found
+
+
+def _unit(comparison: Comparison) -> str:
+    """What training is measured in, by the first run that was recorded."""
+    runs = (run for arm in comparison.arms for run in arm.runs if run.path.is_dir())
+    return next((read(run.path).unit for run in runs if run.state == "finished"), "tokens")
 
 
 def _evaluations(arm: ArmResult, x: str, metric: str) -> list[tuple[Any, Points]]:

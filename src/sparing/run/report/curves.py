@@ -25,7 +25,8 @@ def loss_charts(run: Run) -> list[Chart]:
     """Training loss and evaluations against each axis that the records have."""
     name = metric_name(run.metric)
     found = []
-    for x, unit in AXES.items():
+    for x, named in AXES.items():
+        unit = run.unit if x == "tokens" else named
         raw, held_out = training(run, x), points(run.evals, x, run.metric)
         if run.metric != "bits_per_byte":
             raw = []  # another unit than the metric's: it has a chart of its own below
@@ -62,11 +63,11 @@ def loss_charts(run: Run) -> list[Chart]:
         if drawn:
             found.append(drawn)
     if run.metric != "bits_per_byte" and (raw := training(run, "tokens")):
-        scale, x_name = axis(raw[-1][0], "tokens")
+        scale, x_name = axis(raw[-1][0], run.unit)
         drawn = chart(
             "train-loss",
             [Line(points=thin(raw), style="raw"), Line(points=thin(smooth(raw)), style="c1")],
-            title="training loss against tokens",
+            title=f"training loss against {run.unit}",
             description=_describe("training loss", smooth(raw), [], []),
             x_scale=scale,
             x_name=x_name,
@@ -79,7 +80,8 @@ def overlay(runs: list[Run]) -> list[Chart]:
     """The runs' smoothed training losses in one chart per axis, told apart by label and colour."""
     name = metric_name(runs[0].metric)
     found = []
-    for x, unit in AXES.items():
+    for x, named in AXES.items():
+        unit = runs[0].unit if x == "tokens" else named
         curves = [(run, smooth(training(run, x))) for run in runs]
         curves = [(run, curve) for run, curve in curves if curve]
         if not curves:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 import yaml
 
 from sparing.run.report import words
 from sparing.run.report.read import Run, number
+
+MOST_NAMED: Final = 5
+"""More domains than that are counted, not named."""
 
 
 def mean_references(run: Run) -> dict[str, float]:
@@ -54,14 +57,18 @@ def lead(run: Run) -> str:
         str(name) for name in run.summary.get("methods") or _recipe(run).get("methods") or []
     ]
     how = f", with {words.listing(methods)}" if methods else ", with no method attached"
-    on = f" on {words.listing(run.domains)}" if run.domains else ""
+    names = run.domains
+    on = f" on {words.listing(names)}" if names else ""
+    if len(names) > MOST_NAMED:
+        on = f" on {len(names)} {words.plural(run.domain_name)}"
     text = f"{subject} trained {model}{on}{how}."
-    if run.metric == "bits_per_byte":
-        text += (
-            " Bits per byte is how many bits the model needs, on average, to store a byte of text"
+    about = run.page.get("about_metric")
+    if not about and run.metric == "bits_per_byte":  # runs from before tasks said it themselves
+        about = (
+            "Bits per byte is how many bits the model needs, on average, to store a byte of text"
             " that it has not seen: lower is better, and a model that knows nothing needs 8."
         )
-    return text
+    return " ".join([text, *(str(more) for more in (about, run.page.get("remark")) if more)])
 
 
 def status(run: Run) -> list[str]:
@@ -85,10 +92,10 @@ def figures(run: Run) -> list[tuple[str, str, str]]:
     seen = tokens[0] if tokens else number(run.last.get("tokens"))
     steps = number(run.summary.get("steps")) or number(run.last.get("step"))
     if seen is not None:
-        found.append(("tokens", words.count(seen), f"{steps:,.0f} steps" if steps else ""))
+        found.append((run.unit, words.count(seen), f"{steps:,.0f} steps" if steps else ""))
     seconds = number(run.summary.get("seconds"))
     if seconds is not None:
-        rate = f"{words.count(seen / seconds)} tokens/s" if seen and seconds else ""
+        rate = f"{words.count(seen / seconds)} {run.unit}/s" if seen and seconds else ""
         found.append(("time", words.duration(seconds), rate))
     environment = run.summary.get("environment") or {}
     if environment.get("device"):

@@ -73,6 +73,17 @@ class Run:
         rows = self.evals[-1:] or [{}]
         return [key.removeprefix(prefix) for key in rows[0] if key.startswith(prefix)]
 
+    @property
+    def domain_name(self) -> str:
+        """What the task calls its domains."""
+        return str(self.page.get("domain_name") or "domain")
+
+    @property
+    def unit(self) -> str:
+        """What training is measured in: samples where each was counted as one token."""
+        last = self.last
+        return "samples" if last and last.get("samples") == last.get("tokens") else "tokens"
+
     def domain_values(self, domain: str) -> Points:
         """(step, metric) of each evaluation of ``domain``."""
         return points(self.evals, "step", f"{self.metric}/{domain}")

@@ -68,6 +68,8 @@ def ledger(run: Run) -> list[dict[str, Any]]:
         entry = run.ledger(unit)
         if entry is None or not any(entry):
             continue
+        if unit == "tokens" and entry == run.ledger("samples"):
+            continue  # a sample is one token: the row of samples says it
         spent, dense = entry
         share = spent / dense if dense else 1.0
         rows.append(

@@ -82,6 +82,11 @@ def listing(words: list[str]) -> str:
     return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
+def plural(word: str) -> str:
+    """class -> classes, domain -> domains."""
+    return word + ("es" if word.endswith("s") else "s")
+
+
 def layer_name(path: str) -> str:
     """A module path in short, by its first number: model.layers.3.mlp -> layer 3."""
     found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", path)

@@ -38,16 +38,20 @@ def window_starts(size: int, length: int) -> Tensor:
 class Windows:
     """All domains' training windows, numbered domain by domain; bytes stay uint8 in memory.
 
-    ``texts``: training bytes by domain. ``length``: bytes predicted per window, S.
+    ``texts``: training bytes by domain. ``length``: bytes predicted per window, S. ``most``: so
+    many windows of each domain at most, spread evenly over its text; None for all.
     Raises RequestError for an empty domain and for one shorter than one window.
     """
 
-    def __init__(self, texts: Mapping[str, bytes], length: int) -> None:
+    def __init__(self, texts: Mapping[str, bytes], length: int, most: int | None = None) -> None:
         starts: list[Tensor] = []
         base = 0
         for name, text in texts.items():
             require_window(name, "training", len(text), length)
-            starts.append(base + window_starts(len(text), length))
+            here = window_starts(len(text), length)
+            if most is not None and most < len(here):
+                here = here[torch.arange(most) * len(here) // most]
+            starts.append(base + here)
             base += len(text)
         self.domains = tuple(texts)
         self.length = length

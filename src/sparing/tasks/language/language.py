@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn, final
@@ -12,14 +13,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparing.core.errors import RequestError, nearest
+from sparing.core.modes import evaluating
 from sparing.core.state import replacing
 from sparing.core.task import Samples
 from sparing.tasks.language import corpus, reference
 from sparing.tasks.language.dataset import Windows, held_out_windows, passages
 from sparing.tasks.language.options import BYTES, LanguageOptions
-from sparing.tasks.language.sample import evaluating, sample
+from sparing.tasks.language.sample import sample
 
 _PROMPT_BYTES = 48
+_SHOWN_BYTES = 160
 
 
 @final
@@ -50,6 +53,10 @@ class Language:
     metric: ClassVar[str] = "bits_per_byte"
     higher_is_better: ClassVar[bool] = False
     evaluation: ClassVar[tuple[str, ...]] = ("domains", "split", "seq_len", "eval_windows", "vocab")
+    about_metric: ClassVar[str] = (
+        "Bits per byte is how many bits the model needs, on average, to store a byte of text that "
+        "it has not seen: lower is better, and a model that knows nothing needs 8."
+    )
 
     def __init__(self, **options: Any) -> None:
         known = [f.name for f in fields(LanguageOptions)]
@@ -75,7 +82,8 @@ class Language:
         texts = corpus.load(self.domains)
         if self.options.split == "development":
             texts = {name: corpus.development(split) for name, split in texts.items()}
-        windows = Windows({name: split.train for name, split in texts.items()}, length)
+        learnt = {name: split.train for name, split in texts.items()}
+        windows = Windows(learnt, length, most=self.options.windows_per_domain)
         self._held_out = {
             name: held_out_windows(name, split.held_out, length, self.options.eval_windows)
             for name, split in texts.items()
@@ -231,6 +239,17 @@ class Language:
                 )
             ],
         }
+
+    def show(self, model: nn.Module, index: Sequence[int]) -> list[dict[str, str]]:
+        """The beginnings of training windows: {"text", "caption": the domain}."""
+        if not len(index):
+            return []
+        chosen = torch.tensor(list(index), dtype=torch.int64)
+        texts = self._ready().batch(chosen)["input_ids"][:, :_SHOWN_BYTES].tolist()
+        return [
+            {"text": bytes(row).decode("utf-8", "replace"), "caption": self.domains[domain]}
+            for row, domain in zip(texts, self.domain_of(chosen).tolist(), strict=True)
+        ]
 
     def read(self, model: nn.Module, passage: dict[str, Any]) -> None:
         """Run the model over the passage's bytes, in pieces of ``seq_len``."""

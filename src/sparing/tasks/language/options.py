@@ -22,7 +22,8 @@ class LanguageOptions:
 
     ``domains``: which texts. ``split``: evaluate on the ``final`` held-out text; or, to choose
     settings by, on a ``development`` part of the training text, which is then not trained on.
-    ``seq_len``: bytes that a sample predicts. The model is a
+    ``seq_len``: bytes that a sample predicts. ``windows_per_domain``: train on so many windows of
+    each domain at most, spread evenly (None: on all), so that epochs repeat soon. The model is a
     transformer of the LLaMA architecture: ``dim`` wide, ``layers`` deep, with ``heads`` query
     heads over ``kv_heads`` key-value heads (None: as many), gated feed-forward blocks ``width``
     wide, initialised with standard deviation ``init_std``, its embedding with ``embed_std`` (None:
@@ -37,6 +38,7 @@ class LanguageOptions:
     domains: tuple[str, ...] = ("shakespeare", "gsm8k", "python")
     split: Literal["final", "development"] = "final"
     seq_len: int = 256
+    windows_per_domain: int | None = None
     vocab: int = BYTES
     dim: int = 128
     layers: int = 4
@@ -76,6 +78,8 @@ class LanguageOptions:
             ("passage_bytes", 1),
         ):
             require_whole(option, getattr(self, option), least)
+        if self.windows_per_domain is not None:
+            require_whole("windows_per_domain", self.windows_per_domain, 1)
         require_whole("vocab", self.vocab, 1)
         if self.vocab != BYTES:
             raise RequestError(

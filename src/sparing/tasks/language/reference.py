@@ -21,7 +21,6 @@ from __future__ import annotations
 import hashlib
 import json
 import lzma
-import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -30,6 +29,7 @@ from typing import Any
 
 import numpy as np
 
+from sparing.core.cache import cache_folder as _cache_folder
 from sparing.core.errors import RunError
 from sparing.core.state import atomic_write_json
 from sparing.tasks.language.corpus import Split
@@ -106,11 +106,6 @@ def xz_bits(train: bytes, held_out: bytes) -> float:
 def _packed(text: bytes) -> int:
     method: dict[str, Any] = {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME}
     return len(lzma.compress(text, format=lzma.FORMAT_RAW, filters=[method]))
-
-
-def _cache_folder() -> Path:
-    given = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(given) if given else Path(os.path.expanduser("~"), ".cache")) / "sparing"
 
 
 def _key(starts: Mapping[str, Integers], length: int, fingerprint: str) -> str:

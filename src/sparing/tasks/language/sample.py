@@ -1,28 +1,11 @@
-"""Sampling text from a byte-level model, and a context in which a model is only looked at."""
+"""Sampling text from a byte-level model."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards every module has the mode that it had.
-
-    ``no_grad`` rather than ``inference_mode``: what a module caches meanwhile stays usable later.
-    """
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
+from sparing.core.modes import evaluating
 
 
 def sample(
