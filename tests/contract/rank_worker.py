@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import sys
-from datetime import timedelta
 
-import torch
-import torch.distributed as dist
 from loop import CASES, Loop
 
+import forked
 from sparing.core import ranks, registry
 
 
@@ -28,17 +25,4 @@ def work(rank: int) -> None:
 
 
 if __name__ == "__main__":
-    number, world, store = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{store}",
-        rank=number,
-        world_size=world,
-        timeout=timedelta(seconds=120),
-    )
-    work(number)
-    dist.barrier()  # neither goes while another may still read from it
-    dist.destroy_process_group()
-    sys.stdout.flush()
-    os._exit(0)  # gloo's threads, where they are still ending, can abort an interpreter that ends
+    forked.ranks(work, sys.argv[1])

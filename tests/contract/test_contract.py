@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import pickle
 import random
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import pytest
 import torch
 import yaml
 
+import forked
 from sparing.core import registry, state
 from sparing.core.errors import RequestError
 from sparing.core.method import Method
@@ -269,20 +269,5 @@ def test_signals_are_plain_finite_numbers(name, options):
 
 
 def test_two_ranks_with_different_data_take_identical_decisions(tmp_path):
-    script = Path(__file__).with_name("rank_worker.py")
-    workers = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(rank), "2", str(tmp_path / "store")],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [worker.communicate(timeout=120)[0] for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-    assert [worker.returncode for worker in workers] == [0, 0], "\n".join(outputs)
-    assert all("events" in output for output in outputs)
+    output = forked.script(Path(__file__).with_name("rank_worker.py"), tmp_path / "store")
+    assert output.count("events") == 2

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import sys
-from datetime import timedelta
 
 import pytest
 import torch
-import torch.distributed as dist
 
+import forked
 from sparing.core import ranks
 from sparing.core.errors import RunError
 
@@ -73,16 +71,4 @@ def work(rank: int) -> None:
 
 
 if __name__ == "__main__":
-    number, store = int(sys.argv[1]), sys.argv[2]
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{store}",
-        rank=number,
-        world_size=2,
-        timeout=timedelta(seconds=60),
-    )
-    work(number)
-    dist.barrier()  # neither goes while another may still read from it
-    dist.destroy_process_group()
-    sys.stdout.flush()
-    os._exit(0)  # gloo's threads, where they are still ending, can abort an interpreter that ends
+    forked.ranks(work, sys.argv[1])

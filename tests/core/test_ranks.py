@@ -1,12 +1,11 @@
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+import forked
 from sparing.core import ranks
 
 
@@ -32,19 +31,4 @@ def test_one_rank_of_a_group_is_alone_too(tmp_path):
 
 
 def test_two_ranks_agree_bit_for_bit(tmp_path):
-    script = Path(__file__).with_name("rank_worker.py")
-    workers = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(rank), str(tmp_path / "store")],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [worker.communicate(timeout=90)[0] for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-    assert [worker.returncode for worker in workers] == [0, 0], "\n".join(outputs)
+    forked.script(Path(__file__).with_name("rank_worker.py"), tmp_path / "store")

@@ -1,19 +1,12 @@
-"""What each of two gloo ranks does: run as a script by test_session_ranks.
-
-Both are forks of one process, since imports take most of the time.
-"""
+"""What each of two gloo ranks does: a script of test_session_ranks."""
 
 from __future__ import annotations
 
-import os
 import sys
-import traceback
-from datetime import timedelta
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from toys import (
@@ -28,6 +21,7 @@ from toys import (
     train,
 )
 
+import forked
 from sparing.core import ranks
 from sparing.core.errors import RunError
 from sparing.core.method import Plan
@@ -115,45 +109,15 @@ def empty() -> None:
         next(iter(session(order=one, steps=2)))
 
 
-def rank(number: int, store: str, path: str) -> None:
-    torch.set_num_threads(1)
-    # what a launcher sets; the group itself meets in a file, so that no port is needed
-    os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": "2"}
-    os.environ |= {"LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{store}",
-        rank=number,
-        world_size=2,
-        timeout=timedelta(seconds=300),
-    )
-    plain(number, path)
+def work(rank: int) -> None:
+    plain(rank, sys.argv[2])
     experts()
-    disagreement(number)
+    disagreement(rank)
     empty()
-    dist.destroy_process_group()
-
-
-def fork(number: int, store: str, path: str) -> int:
-    child = os.fork()
-    if child:
-        return child
-    status = 1
-    try:
-        rank(number, store, path)
-        status = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
 
 
 if __name__ == "__main__":
     import accelerate  # noqa: F401  both forks need it
 
     llama()
-    children = [fork(number, sys.argv[1], sys.argv[2]) for number in range(2)]
-    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    sys.exit(codes != [0, 0])
+    forked.ranks(work, sys.argv[1])

@@ -1,31 +1,16 @@
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
 from toys import SGD, Whole, linear, squares
 
+import forked
+
 
 def test_two_ranks_through_accelerate(tmp_path):
-    script = Path(__file__).with_name("session_worker.py")
-    worker = subprocess.Popen(
-        [sys.executable, str(script), str(tmp_path / "store"), str(tmp_path / "model")],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output = worker.communicate(timeout=300)[0]
-    finally:
-        if worker.returncode is None:
-            os.killpg(worker.pid, signal.SIGKILL)
-    assert worker.returncode == 0, output
-
+    worker = Path(__file__).with_name("session_worker.py")
+    forked.script(worker, tmp_path / "store", tmp_path / "model")
     # the same on one rank, in groups of two micro-batches over both ranks
     model, data = linear(), Whole(11)
     optimizer = SGD(model.parameters())

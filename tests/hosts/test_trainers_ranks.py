@@ -1,35 +1,19 @@
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from pruning import Prune
 from trainers import trainer
 
+import forked
 import sparing
 
 
 @pytest.mark.slow
 def test_two_ranks_in_trainer_and_lightning_and_resumed_on_one(tmp_path):
-    script = Path(__file__).with_name("trainers_worker.py")
-    worker = subprocess.Popen(
-        [sys.executable, str(script), str(tmp_path / "store"), str(tmp_path)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output = worker.communicate(timeout=1200)[0]
-    finally:
-        if worker.returncode is None:
-            os.killpg(worker.pid, signal.SIGKILL)
-    assert worker.returncode == 0, output
-
+    worker = Path(__file__).with_name("trainers_worker.py")
+    forked.script(worker, tmp_path / "store", tmp_path, seconds=1200)
     # one rank goes on in the middle of the epoch that two began: 24 of its 26 samples are done
     method = Prune(ratio=0.7)
     made = trainer(

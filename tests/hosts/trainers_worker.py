@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import sys
-import traceback
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from pruning import Classifier, Points, Prune
 from toys import Recorder
 
+import forked
 import sparing
 from sparing.core import ranks
 
@@ -90,43 +86,13 @@ def in_lightning(path: Path) -> None:
     assert made.optimizers[0].param_groups[0]["lr"] == 0
 
 
-def rank(number: int, store: str, path: str) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": "2"}
-    os.environ |= {"LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
-    os.environ |= {"NODE_RANK": "0"}
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{store}",
-        rank=number,
-        world_size=2,
-        timeout=timedelta(seconds=600),
-    )
-    in_trainer(Path(path))
-    in_lightning(Path(path))
-    dist.destroy_process_group()
-
-
-def fork(number: int, store: str, path: str) -> int:
-    child = os.fork()
-    if child:
-        return child
-    status = 1
-    try:
-        rank(number, store, path)
-        status = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+def work(rank: int) -> None:
+    in_trainer(Path(sys.argv[2]))
+    in_lightning(Path(sys.argv[2]))
 
 
 if __name__ == "__main__":
     import lightnings  # noqa: F401  both forks need them
     import trainers  # noqa: F401
 
-    children = [fork(number, sys.argv[1], sys.argv[2]) for number in range(2)]
-    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    sys.exit(codes != [0, 0])
+    forked.ranks(work, sys.argv[1])

@@ -1,16 +1,13 @@
-"""What each of two gloo ranks does, both forks of one process: run as a script by test_ranks."""
+"""What each of two gloo ranks does: a script of test_sample_ranks."""
 
 from __future__ import annotations
 
-import os
 import sys
-import traceback
-from datetime import timedelta
 
 import torch
-import torch.distributed as dist
 from torch.utils.data import DataLoader, TensorDataset
 
+import forked
 import sparing
 from sparing.core import ranks
 from sparing.samples.scores import MODES, ScoreTable
@@ -87,43 +84,13 @@ def accelerated(rank: int) -> None:
     assert sampler.lengths()[0] == sampler.lengths()[3] == N > sampler.lengths()[1]
 
 
-def rank(number: int, store: str) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": "2"}
-    os.environ |= {"LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{store}",
-        rank=number,
-        world_size=2,
-        timeout=timedelta(seconds=300),
-    )
-    tables(number)
-    sharded(number)
-    accelerated(number)
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def fork(number: int, store: str) -> int:
-    child = os.fork()
-    if child:
-        return child
-    status = 1
-    try:
-        rank(number, store)
-        status = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+def work(rank: int) -> None:
+    tables(rank)
+    sharded(rank)
+    accelerated(rank)
 
 
 if __name__ == "__main__":
     import accelerate  # noqa: F401  both forks need it
 
-    children = [fork(number, sys.argv[1]) for number in range(2)]
-    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    sys.exit(codes != [0, 0])
+    forked.ranks(work, sys.argv[1])

@@ -74,12 +74,13 @@ def _summary_lines(summary: dict[str, Any], where: Path) -> list[str]:
     ledger = Ledger()
     ledger.load_state_dict(summary["ledger"])
     entries = summary["ledger"]
-    unit = "samples" if entries.get("tokens") == entries.get("samples") else "tokens"
+    no_text = entries.get("tokens") == entries.get("samples")  # then both say the same
+    unit = "samples" if no_text else "tokens"
     said = [
         f"{metric['name']} {metric['value']:.4f} after {summary['tokens']:,} {unit} "
         f"in {summary['seconds']:.0f} s"
     ]
-    said += [f"  {row}" for row in ledger.rows()]
+    said += [f"  {row}" for row in ledger.rows() if not (no_text and row.unit == "tokens")]
     page = where / "report.html"
     said.append(f"page: {page}" if page.is_file() else f"run directory: {where}")
     return said

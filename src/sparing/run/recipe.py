@@ -156,11 +156,11 @@ class Recipe:
 def available() -> dict[str, str]:
     """The recipes in the package: name to the first line of what it is about."""
     found = {}
-    for entry in sorted(resources.files("sparing.recipes").iterdir(), key=lambda e: e.name):
+    for entry in resources.files("sparing.recipes").iterdir():
         if entry.name.endswith(".yaml"):
             body = yaml.safe_load(entry.read_text(encoding="utf-8"))
             found[entry.name.removesuffix(".yaml")] = str(body.get("about", "")).strip()
-    return found
+    return dict(sorted(found.items()))
 
 
 def load(
