@@ -1,0 +1,57 @@
+"""``sparing compare`` as a benchmark: it also writes a record into benchmarks/records."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+import sparing
+from sparing.run.compare.arms import Asked
+from sparing.run.compare.record import write
+from sparing.run.compare.run import run_comparison
+
+RECORDS = Path(__file__).parent / "records"
+
+
+def main(recipe: str, *, record: str, about: str, preset: str | None = None) -> None:
+    """Run what is missing of ``recipe``'s arms, then write ``record``, with options as below."""
+    parser = argparse.ArgumentParser(description=about.splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--arms", nargs="*", help="only these; the record then has only these")
+    parser.add_argument("--baseline")
+    parser.add_argument("--margin")
+    parser.add_argument("--budget", type=float, help="minutes")
+    parser.add_argument("--preset", default=preset)
+    parser.add_argument("--looks", type=int, default=1)
+    parser.add_argument("--finished", action="store_true", help="run nothing, record what is there")
+    parser.add_argument("--set", nargs="*", default=[], help="overrides for every arm")
+    parser.add_argument("--out", type=Path, default=Path("runs") / record)
+    parser.add_argument("--record", default=record)
+    given = parser.parse_args()
+    command = shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    if given.finished:
+        found = sparing.compare(given.out, baseline=given.baseline, margin=given.margin)
+        found.page(given.out / "compare.html")
+    else:
+        asked = Asked(
+            recipe=recipe,
+            out=given.out,
+            seeds=given.seeds,
+            arms=given.arms,
+            baseline=given.baseline,
+            margin=given.margin,
+            budget=given.budget,
+            jobs=given.jobs,
+            threads=given.threads,
+            preset=given.preset,
+            overrides=tuple(given.set),
+            looks=given.looks,
+            command=command,
+        )
+        found = run_comparison(asked, note=lambda text: print(text, file=sys.stderr))
+    print(found)
+    print(write(RECORDS / f"{given.record}.json", found))
