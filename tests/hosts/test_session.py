@@ -627,7 +627,7 @@ def test_bf16_with_experts():
 
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
 def test_state_of_weights_with_channels_last_is_laid_out_as_they_are(kind):
-    from sparing.hosts.session import _lay_out_like_parameters_
+    from sparing.hosts.layout import lay_out_like_parameters_
 
     def made() -> tuple[nn.Module, torch.optim.Optimizer]:
         torch.default_generator.manual_seed(0)
@@ -650,7 +650,7 @@ def test_state_of_weights_with_channels_last_is_laid_out_as_they_are(kind):
         held |= {k: v.clone(memory_format=torch.contiguous_format) for k, v in held.items()
                   if isinstance(v, torch.Tensor)}  # fmt: skip
     resumed.load_state_dict(saved)
-    _lay_out_like_parameters_(resumed)
+    lay_out_like_parameters_(resumed)
     step(model, optimizer, x)
     step(other, resumed, x)
     assert torch.equal(model.weight, other.weight)

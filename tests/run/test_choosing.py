@@ -18,8 +18,9 @@ from sparing.run.progress import Quiet
 from sparing.run.recipe import Recipe, Watch, load
 from sparing.run.report import chosen, write
 from sparing.run.report.read import read
-from sparing.run.runner import _Due, run
+from sparing.run.runner import run
 from sparing.run.taken import Taken
+from sparing.run.watching import Due
 
 NAME = "vision-infobatch"
 
@@ -128,7 +129,7 @@ def test_the_plan_says_that_it_is_a_bound():
 def test_due_by_steps_and_by_shares():
     watch = Watch(evaluate=0.25, checkpoint=0.5, log=0.1)
     clock = Clock(steps=40, epochs=4)
-    due = _Due(watch, clock)
+    due = Due(watch, clock)
     found = []
     for step in range(1, 41):
         clock.step = step

@@ -35,6 +35,7 @@ from sparing.hosts import loading
 from sparing.hosts.dry_run import rehearse
 from sparing.hosts.epochs import Epochs, Geometry
 from sparing.hosts.host import PROBE_BATCHES, PROBE_ROWS, Bound
+from sparing.hosts.layout import lay_out_like_parameters_
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -286,7 +287,7 @@ class Session(Bound):
             )
         self.unwrapped.load_state_dict(state["model"])
         self._torch_optimizer.load_state_dict(state["optimizer"])
-        _lay_out_like_parameters_(self._torch_optimizer)
+        lay_out_like_parameters_(self._torch_optimizer)
         for method in self.methods:
             method.load_state_dict(state["methods"][method.name])
         epochs = state.get("epochs")
@@ -435,19 +436,6 @@ class Session(Bound):
             f"{what} is not finite at step {self.clock.step + 1} ({whose}); the optimizer was "
             "not stepped. Lower the learning rate, or look at these samples"
         )
-
-
-def _lay_out_like_parameters_(optimizer: torch.optim.Optimizer) -> None:
-    """Give loaded state the strides of its parameter: files keep none, fused kernels need them.
-
-    With channels last in memory a fused step would pair the momentum of one weight with another.
-    """
-    for parameter, state in optimizer.state.items():
-        for key, value in state.items():
-            if not isinstance(value, Tensor) or value.shape != parameter.shape:
-                continue
-            if value.stride() != parameter.stride():
-                state[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def _check(**counts: int | None) -> None:

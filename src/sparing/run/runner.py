@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from sparing.core.clock import Clock
 from sparing.core.errors import DivergedError, RequestError, RunError, SparingError
 from sparing.core.random_state import random_state, set_random_state_
 from sparing.hosts.session import Session
@@ -25,8 +24,9 @@ from sparing.run.directory import RunDirectory
 from sparing.run.optim import optimizer, schedule
 from sparing.run.precision import probe
 from sparing.run.progress import Display, Quiet, signal_values
-from sparing.run.recipe import Recipe, Watch, difference, resolve
+from sparing.run.recipe import Recipe, difference, resolve
 from sparing.run.taken import Taken
+from sparing.run.watching import Due, Lately
 
 EXTRAS = {
     "hf": ("transformers",),
@@ -123,7 +123,7 @@ class _Run:
         self.resume = resume
         self.code = record.code_hash()  # now: the sources may change while the run is under way
         self.seconds, self.steps = 0.0, 0
-        self.lately = _Lately()
+        self.lately = Lately()
         self.probed: dict[str, float] = {}
         self.task = recipe.build_task()
         display.note(f"{recipe.name}: loading {recipe.task['name']}")
@@ -181,7 +181,7 @@ class _Run:
         # a method that leaves samples out ends before the planned steps
         self.directory.rewind(clock.step, clock.step if session.finished else steps)
         watch = self.recipe.watch
-        due = _Due(watch, clock)
+        due = Due(watch, clock)
         self.display.start(self.recipe.name, steps, clock.step)
         begun, before = time.monotonic(), self.seconds
         lately = self.lately
@@ -376,52 +376,3 @@ class _Run:
             return {}
         ids = sorted({number for group in groups for number in group["index"]})
         return {"shown": dict(zip(map(str, ids), self.task.show(model, ids), strict=True))}
-
-
-@final
-class _Due:
-    """What is to happen at a step: by steps, or, where epochs are planned, by the share done."""
-
-    def __init__(self, watch: Watch, clock: Clock) -> None:
-        self.watch, self.clock = watch, clock
-
-    def __call__(self, name: str, before: float) -> bool:
-        """Whether the step that led on from the share ``before`` is one of them."""
-        clock = self.clock
-        share: float = getattr(self.watch, name)
-        if clock.by_epochs is None:
-            return clock.step % max(1, round(share * (clock.steps or 0))) == 0
-        # what rounding lost of a whole number of shares is given back
-        return math.floor(clock.fraction / share + 1e-9) > math.floor(before / share + 1e-9)
-
-
-@final
-class _Lately:
-    """A running loss and speed for the display, and the mean loss since the last log line."""
-
-    def __init__(self) -> None:
-        self.loss = math.nan
-        self.speed = 0.0
-        self._sum, self._count = 0.0, 0
-        self._then: tuple[float, int] | None = None
-
-    def add(self, loss: float, tokens: int) -> None:
-        self.loss = loss if math.isnan(self.loss) else 0.95 * self.loss + 0.05 * loss
-        self._sum, self._count = self._sum + loss, self._count + 1
-        now = time.monotonic()
-        if self._then is None:
-            self._then = (now, tokens)
-        elif now - self._then[0] > 1.0:
-            self.speed = (tokens - self._then[1]) / (now - self._then[0])
-            self._then = (now, tokens)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"loss": self.loss, "sum": self._sum, "count": self._count}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.loss, self._sum, self._count = state["loss"], state["sum"], state["count"]
-
-    def take(self) -> float:
-        mean = self._sum / max(self._count, 1)
-        self._sum, self._count = 0.0, 0
-        return mean
