@@ -7,6 +7,8 @@
    nothing of this routing, and for the model itself.
 3. The number of experts settles: when it last changed, as a share of the run.
 
+And what each part of the method is worth: its ablations against it, seed by seed.
+
     python benchmarks/language_comparison.py        # makes the runs
     python benchmarks/language_claims.py --runs runs/language_comparison
 
@@ -36,6 +38,14 @@ from sparing.run.compare.statistics import judge, parse_margin
 from sparing.tasks.language.sample import evaluating
 
 ADAPTIVE = ("dynmoe", "dynmoe without target")
+ABLATIONS = (
+    "closed gates zero",
+    "closed gates mean",
+    "weights by score",
+    "weights uniform",
+    "target by loss",
+    "not adaptive",
+)
 TOP_K = re.compile(r"top-k (\d+)")
 JUDGE = "top-k 2"
 """The arm whose models say which tokens are hard."""
@@ -86,6 +96,14 @@ def _verdict(arm: Mapping[int, float], other: Mapping[int, float], margin: Any) 
         told["difference"] = found.paired.estimate
         told["interval, 95 %"] = [found.paired.low, found.paired.high]
     return told
+
+
+def ablations(found: sparing.Comparison, margin: str) -> dict[str, Any]:
+    """Each ablation of the method that has runs, against the method itself."""
+    limit = parse_margin(margin, found.metric, found.higher_is_better)
+    whole = found.arm("dynmoe").values
+    there = {arm.name: arm for arm in found.arms if arm.name in ABLATIONS and arm.finished}
+    return {name: _verdict(arm.values, whole, limit) for name, arm in there.items()}
 
 
 def harder(found: sparing.Comparison) -> dict[str, Any]:
@@ -200,6 +218,7 @@ def main() -> None:
     results = {
         "margin": given.margin,
         "frontier": frontier(found, given.margin),
+        "ablations against dynmoe": ablations(found, given.margin.replace("+0", "+-0")),
         "harder tokens": harder(found),
         "settling": settled(found),
     }
