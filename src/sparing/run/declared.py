@@ -77,8 +77,10 @@ class Compared:
 
 
 def check(arms: Mapping[str, Arm], compared: Compared | None) -> None:
-    """Raise RequestError for arms that name arms which are not there."""
+    """Raise RequestError for arms that cannot be asked for, or name arms which are not there."""
     for name, arm in arms.items():
+        if "," in name:
+            raise RequestError(f'an arm\'s name has no comma, which --arms parts names by: "{name}"')
         if arm.match is None:
             continue
         where = f"arm in arms.{name}.match.to"
