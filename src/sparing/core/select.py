@@ -10,6 +10,11 @@ from torch import Tensor
 from sparing.core.errors import RequestError
 
 
+def rounded(share: float, of: int) -> int:
+    """How many a ``share`` of so many is: ``round(share * of)``."""
+    return round(share * of)
+
+
 def choose(
     scores: Tensor, k: int, *, largest: bool = True, generator: torch.Generator | None = None
 ) -> Tensor:

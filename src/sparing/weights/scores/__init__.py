@@ -1,0 +1,14 @@
+"""Scores of parameters before training: the higher, the more a mask should keep an entry.
+
+Each is a function ``(model, named, batches, loss, *, ...) -> {name: scores}``; those in
+``DATA_FREE`` look at neither batches nor loss.
+"""
+
+from sparing.weights.scores.data_free import magnitude as magnitude
+from sparing.weights.scores.data_free import random as random
+from sparing.weights.scores.fisher import fisher as fisher
+from sparing.weights.scores.grasp import grasp as grasp
+from sparing.weights.scores.snip import iterative_snip as iterative_snip
+from sparing.weights.scores.snip import snip as snip
+
+DATA_FREE = ("random", "magnitude")
