@@ -88,7 +88,7 @@ def require_finite(scores: Mapping[str, Tensor]) -> None:
         if not score.numel():
             continue
         # one pass without a tensor of flags: NaN and both infinities show in the extremes
-        if not all(math.isfinite(float(end)) for end in score.aminmax()):
+        if not all(math.isfinite(float(end)) for end in score.detach().aminmax()):
             fine = score.isfinite()
             first = int((~fine).reshape(-1).nonzero()[0])
             raise RequestError(
