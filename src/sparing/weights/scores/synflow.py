@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -46,7 +47,8 @@ def synflow(
     keep: then the score is taken in ``steps`` of an exponential schedule, each without what
     fell before, as the paper does against the collapse of whole layers; scores rank by
     survival (see ``by_survival``) and scope, pattern, layer_of and units are those of ``masks``.
-    Without keep it is taken once.
+    Without keep it is taken once. Beside a skip connection a branch may still collapse as a
+    whole, since the flow has another way; ``scope="layer"`` or "tensor" prevents it.
     zero: parameters that begin at zero (None: those that are all 0). All their entries stand in
     as equal, and each tensor's scores are divided by their mean.
 
@@ -54,10 +56,12 @@ def synflow(
     RequestError if there is nothing to call the model by, or if no named parameter is reached;
     RunError if the flow is not finite.
     """
-    batch = next(iter(batches), None)
     dtypes = {name: torch.promote_types(p.dtype, torch.float32) for name, p in named.items()}
     zeros = zero_factors(named, zero)
-    with looking(model, named, double=True), linearised(model):
+    with ExitStack() as stack:
+        stack.enter_context(looking(model, named, batches, double=True))
+        batch = next(iter(batches), None)
+        stack.enter_context(linearised(model))
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.is_floating_point():
