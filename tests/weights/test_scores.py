@@ -463,6 +463,48 @@ def test_fisher_is_the_mean_square_over_samples():
     assert float(whole["A"].sum()) < float(found["A"].sum())  # signs cancel within a batch
 
 
+def trained_error(keep: dict[str, Tensor] | None, seed: int) -> tuple[float, dict[str, Tensor]]:
+    """Test error of a LoRA on a low-rank change of few inputs and outputs, and SNIP's masks."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    side, rank, count = 24, 6, 300
+    A = nn.Parameter(normal(rank, side) / side**0.5)
+    B = nn.Parameter(torch.zeros(side, rank))
+    few = (torch.rand(2, side, generator=generator) < 0.4).float()
+    change = (normal(side, 2) * few[0][:, None]) @ (normal(2, side) * few[1]) / side**0.5
+    x, held_out = normal(count, side), normal(count, side)
+    model = nn.ParameterDict({"A": A, "B": B})
+
+    def error(model: Any, x: Tensor) -> Tensor:
+        difference = 2 * x @ model["A"].t() @ model["B"].t() - x @ change.t()
+        return difference.square().mean()
+
+    both = {"A": A, "B": B}
+    scored = masks(snip(model, both, [x], error), 0.4)
+    used = keep or scored
+    optimizer = torch.optim.Adam([A, B], lr=0.02)
+    for _ in range(250):
+        with torch.no_grad():
+            for n, parameter in both.items():
+                parameter.mul_(used[n])
+        optimizer.zero_grad()
+        error(model, x).backward()
+        optimizer.step()
+    return float(error(model, held_out).detach()), scored
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_snip_of_a_zero_factor_finds_what_matters(seed):
+    error, scored = trained_error(None, seed)
+    drawn = {n: torch.rand(m.shape, generator=torch.Generator().manual_seed(seed)) for n, m in
+             scored.items()}  # fmt: skip
+    at_random, _ = trained_error(masks(drawn, 0.4), seed)
+    assert error < 0.1 * at_random
+
+
 # ---- wrong requests and warnings ---------------------------------------------------------------
 
 
