@@ -215,6 +215,37 @@ def test_batches_of_any_sizes_give_what_one_large_batch_would(name, sizes, zero)
         torch.testing.assert_close(parts[n], whole[n], rtol=1e-5, atol=1e-9)
 
 
+@pytest.mark.parametrize("name", ["snip", "iterative snip", "fisher", "grasp"])
+def test_gradients_too_small_for_half_precision_count(name):
+    # the trap: scored under autocast without scaling, where they are rounded to zero
+    model = Low().half()
+
+    def tiny(model: nn.Module, batch: Any) -> Tensor:
+        return 1e-6 * loss(model, batch)
+
+    found = ALL[name](model, named(model), data(6, dtype=torch.float16), tiny)
+    assert all(float((score != 0).float().mean()) > 0.9 for score in found.values())
+    assert all(bool(score.any()) for score in found.values())
+
+
+def test_a_frozen_matrix_of_the_same_shape_is_never_taken_for_a_factor():
+    # the trap: masks and parameters paired by shape, so that for r == d the base was masked
+    model = Low(rank=OUT)
+    model.base = nn.Parameter(torch.randn(OUT, IN), requires_grad=False)
+    assert model.base.shape == model.A.shape
+    before = model.base.clone()
+    found = snip(model, named(model), data(9, dtype=torch.float32), loss)
+    (of_a,) = torch.autograd.grad(
+        value_at(
+            model, data(9, dtype=torch.float32)[0], A=(A := model.A.detach().requires_grad_())
+        ),
+        A,
+    )
+    torch.testing.assert_close(found["A"], (model.A * of_a).abs().detach())
+    assert model.base.equal(before)
+    assert not model.base.requires_grad
+
+
 def test_batches_may_be_nested_mappings():
     model = Low().double()
     x, y = together(data(5))
@@ -516,6 +547,9 @@ def test_what_cannot_be_scored_is_refused(name):
     other = {"X": nn.Parameter(torch.ones(2))}
     with pytest.raises(RequestError, match='"X" is not a parameter of the model'):
         ALL[name](model, other, data(3, dtype=torch.float32), loss)
+    same = {"A": model.A, "again": model.A}
+    with pytest.raises(RequestError, match="two of A, again are one parameter"):
+        ALL[name](model, same, data(3, dtype=torch.float32), loss)
     if not name.startswith("synflow"):
         with pytest.raises(RequestError, match="no batch to score by"):
             ALL[name](model, named(model), [], loss)
