@@ -381,6 +381,19 @@ def test_iterative_snip_is_the_plain_loop(zero, choice):
     assert all(found[n].equal(within[n]) for n in within)
 
 
+def test_a_pattern_of_n_in_m_is_one_step():
+    model = Low(rank=4).double()
+    model.A = nn.Parameter(model.A.detach()[:, :4].clone())
+    model.base = nn.Parameter(model.base.detach()[:, :4].clone())
+    batches = [(x[:, :4], y) for x, y in data(9, 4)]
+    steps = iterative_snip(model, named(model), batches, loss, keep=0.5, pattern="2:4")
+    once = snip(model, named(model), batches, loss)
+    kept = [masks(found, 0.5, pattern="2:4") for found in (steps, once)]
+    assert all(kept[0][n].equal(kept[1][n]) for n in once)
+    found = synflow(model, named(model), batches, loss, keep=0.5, pattern="2:4")
+    assert bool((masks(found, 0.5, pattern="2:4")["A"].sum(1) == 2).all())
+
+
 def reference_hessian_product(model: nn.Module, batch: Any) -> dict[str, Tensor]:
     """w * Hg from the full Hessian."""
     shapes = {n: p.shape for n, p in named(model).items()}
