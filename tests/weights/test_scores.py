@@ -40,7 +40,7 @@ class Low(nn.Module):
         self.head = normal(CLASSES, OUT)
         self.base.requires_grad_(False)
         self.head.requires_grad_(False)
-        self.calls = 0
+        self.register_buffer("calls", torch.tensor(0))
 
     def forward(self, x: Tensor) -> Tensor:
         self.calls += 1
@@ -314,17 +314,23 @@ def test_snip_is_the_first_order_change_of_the_loss_when_an_entry_goes():
             assert float(found[n].reshape(-1)[place]) == pytest.approx(abs(slope), abs=1e-8)
 
 
-def test_snip_of_a_zero_factor_is_its_limit():
+@pytest.mark.parametrize("masked", [False, True])
+def test_snip_of_a_zero_factor_is_its_limit(masked):
     model = Low(zero=True).double()
     batch = together(data(20))
-    A, B = (p.detach().clone().requires_grad_() for p in (model.A, model.B))
+    within = {n: torch.ones_like(p, dtype=torch.bool) for n, p in named(model).items()}
+    if masked:
+        within = masks(random(model, named(model), seed=2), 0.6)
+    A = (model.A.detach() * within["A"]).requires_grad_()
+    B = model.B.detach().clone().requires_grad_()
     product = (B @ A).detach().requires_grad_()
     eye = torch.eye(OUT, dtype=torch.float64)
     (of_b,) = torch.autograd.grad(value_at(model, batch, A=A, B=B), B)
+    of_b = of_b * within["B"]
     # dL/d(BA) through a full matrix in place of A, with the identity in place of B
     (of_product,) = torch.autograd.grad(value_at(model, batch, A=product, B=eye), product)
     expected = {"A": (A * (of_b.t() @ of_product)).abs(), "B": of_b.square()}
-    found = snip(model, named(model), [batch], loss)
+    found = snip(model, named(model), [batch], loss, within=within if masked else None)
     for n in found:
         torch.testing.assert_close(
             found[n], (expected[n] / expected[n].mean()).detach(), rtol=2e-3, atol=2e-3
