@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sparing.core.errors import RequestError
+from sparing.core.select import rounded as rounded
 
 Ids = NDArray[np.int32]
 Bytes = NDArray[np.uint8]
@@ -30,11 +31,6 @@ LARGEST = 2**31 - 1
 def generator(seed: int, epoch: int) -> Random:
     """The generator of an epoch's plan: the same on every rank, and at every resume."""
     return np.random.Generator(np.random.SFC64(np.random.SeedSequence((seed, epoch))))
-
-
-def rounded(share: float, of: int) -> int:
-    """How many a ``share`` of so many is: ``round(share * of)``."""
-    return round(share * of)
 
 
 def thin_(code: Bytes, group: int, keep: int, random: Random) -> None:
