@@ -6,8 +6,7 @@ He et al., Findings of EMNLP 2022, arXiv 2210.04284.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self, final
 
@@ -16,16 +15,15 @@ from torch import nn
 from sparing.core.errors import RequestError
 from sparing.core.ledger import Ledger
 from sparing.core.method import Method, ParamGroups, Setup, Signal
-from sparing.weights.adapter import Adapter, attach_, places
+from sparing.weights.adapter import attach_
 from sparing.weights.build import parts as build
 from sparing.weights.build import spots
-from sparing.weights.fingerprint import fingerprint, require_plain
-from sparing.weights.installed import NOTE, base_parameters, merged, names, note_of, parts, trained
+from sparing.weights.installed import base_parameters, merged, names, note_of, parts, trained
+from sparing.weights.installing import installing
 from sparing.weights.options import Options, require_name
-from sparing.weights.own import Own
 from sparing.weights.places import heads
 from sparing.weights.scoring import Loss, choose, compact_, require_finite
-from sparing.weights.switching import active, delete_, switch_
+from sparing.weights.switching import switch_
 
 
 @final
@@ -200,55 +198,6 @@ def adapt_(
     return model
 
 
-@contextmanager
-def installing(
-    model: nn.Module, name: str, about: dict[str, Any], own: list[str]
-) -> Iterator[None]:
-    """Note a new adapter on the model and give it its own heads; if the body fails, nothing stays.
-
-    The body attaches the parts, and they act afterwards. Raises RequestError for a taken name and
-    a base that cannot be adapted.
-    """
-    if name in names(model):
-        raise RequestError(
-            f'the model has an adapter "{name}" already; give another name, or delete_ it first'
-        )
-    if not names(model):
-        if places(model):
-            raise RequestError("this is a part of an adapted model; give the model itself")
-        require_plain(model)
-        trainable = [n for n, p in model.named_parameters() if p.requires_grad]
-        vars(model)[NOTE] = {"trainable": trainable, "adapters": {}}
-    before = active(model)
-    switch_(model)  # heads show the base's values now, which a further adapter begins with
-    note_of(model)["adapters"][name] = {
-        "options": {**about, "name": name},
-        "fingerprint": fingerprint(base_parameters(model).items(), own),
-        "heads": list(own),
-    }
-    try:
-        for path in own:
-            for inner, module in model.get_submodule(path).named_modules():
-                if next(module.parameters(recurse=False), None) is not None:
-                    whole = f"{path}.{inner}" if inner else path
-                    attach_(module, whole, name, Own(module))
-        yield
-        switch_(model, name)
-    except BaseException:
-        delete_(model, name)
-        if names(model):
-            switch_(model, *before)
-        raise
-
-
 def _inside(path: str, owned: tuple[str, ...]) -> bool:
     return any(path == name or path.startswith(f"{name}.") for name in owned)
 
-
-def describe(part: Adapter) -> dict[str, Any]:
-    """What a file keeps of a part beside its values and masks."""
-    return {
-        "kind": part.kind,
-        "config": part.config(),
-        "factors": {name: list(factor.shape) for name, factor in part.named_factors()},
-    }
