@@ -76,7 +76,10 @@ class SparseAdapter(Method):
     def prepare(self, model: nn.Module, setup: Setup) -> nn.Module:
         if self.options.name not in names(model):
             seed = setup.seed if self.options.seed is None else self.options.seed
-            adapt_(model, self, data=self._data, loss=self._loss, seed=seed)
+            data, loss = self._data, self._loss
+            if data is None and setup.batches is not None:
+                data, loss = setup.batches(), setup.loss if loss is None else loss
+            adapt_(model, self, data=data, loss=loss, seed=seed)
         self._own(model)
         return model
 
