@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fractions import Fraction
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,39 +25,46 @@ def choose(
     uniform draw from it. Linear in n: no full sort. Raises RequestError for a NaN, for scores
     that are not a vector, and for k outside 0 to n.
     """
-    n = _length(scores, k)
-    if scores.is_floating_point():
-        if scores.dtype in (torch.float16, torch.bfloat16):
-            scores = scores.float()
-        broken = scores.isnan()
-        if bool(broken.any()):
-            first = int(broken.nonzero()[0])
-            raise RequestError(
-                f"{int(broken.sum())} of {n} scores are NaN, the first at index {first}; "
-                f"a choice among them would be arbitrary: find out where they come from"
-            )
-    elif scores.dtype == torch.bool:
-        scores = scores.to(torch.uint8)
-    if k in (0, n):
-        return torch.arange(k, device=scores.device)
-    border = scores.kthvalue(n - k + 1 if largest else k).values
-    better = scores > border if largest else scores < border
-    tied = (scores == border).nonzero().squeeze(1)
-    missing = k - int(better.sum())
-    if generator is not None:
-        order = torch.randperm(tied.numel(), generator=generator).to(tied.device)
-        tied = tied[order]
-    better[tied[:missing]] = True
-    return better.nonzero().squeeze(1)
+    return choose_mask(scores, k, largest=largest, generator=generator).nonzero().squeeze(1)
 
 
 def choose_mask(
     scores: Tensor, k: int, *, largest: bool = True, generator: torch.Generator | None = None
 ) -> Tensor:
     """``choose`` as a mask: (n,) -> (n,) bool with exactly k True."""
-    mask = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
-    mask[choose(scores, k, largest=largest, generator=generator)] = True
-    return mask
+    n = _length(scores, k)
+    if scores.dtype in (torch.float16, torch.bfloat16):
+        scores = scores.float()
+    elif scores.dtype == torch.bool:
+        scores = scores.to(torch.uint8)
+    # the maximum of numbers is NaN if one of them is
+    if n and scores.is_floating_point() and bool(scores.max().isnan()):
+        broken = scores.isnan()
+        first = int(broken.nonzero()[0])
+        raise RequestError(
+            f"{int(broken.sum())} of {n} scores are NaN, the first at index {first}; "
+            f"a choice among them would be arbitrary: find out where they come from"
+        )
+    if k in (0, n):
+        return torch.full(scores.shape, k > 0, device=scores.device)
+    border = _kth(scores, n - k if largest else k - 1)
+    better = scores > border if largest else scores < border
+    tied = (scores == border).nonzero().squeeze(1)
+    missing = k - int(better.count_nonzero())
+    if generator is not None:
+        order = torch.randperm(tied.numel(), generator=generator).to(tied.device)
+        tied = tied[order]
+    better[tied[:missing]] = True
+    return better
+
+
+def _kth(scores: Tensor, k: int) -> Tensor:
+    """The k-th smallest value, counted from 0, on the scores' device."""
+    if scores.device.type != "cpu":
+        return scores.kthvalue(k + 1).values
+    # the same value, several times faster than by torch
+    parted = np.partition(scores.detach().numpy(), k)
+    return torch.from_numpy(parted[k : k + 1]).clone()
 
 
 def weighted_choice(weights: Tensor, k: int, generator: torch.Generator) -> Tensor:

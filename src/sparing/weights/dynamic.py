@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from typing import final
 
 import torch
 from torch import Tensor
@@ -12,31 +14,39 @@ from sparing.core.errors import RequestError
 from sparing.core.select import choose, rounded
 
 
-def set_(mask: Tensor, weight: Tensor, share: float, generator: torch.Generator) -> Tensor:
-    """A step of SET (Mocanu et al. 2018), in place: what came, as flat indices (k,), ascending.
+@final
+@dataclass(frozen=True, slots=True)
+class Move:
+    """The mask after a step, bool; and what came with it, as flat indices (k,), ascending.
 
-    The ``round(share * kept)`` kept entries of least magnitude leave ``mask`` (bool, of weight's
-    shape), and as many come that were outside before, drawn uniformly from ``generator`` (CPU).
-    Never more move than there are outside. The count stays; ties leave from the lowest index on.
-    What comes is to begin at 0, with no optimizer state; so is ``weight`` left to the caller.
-    Raises RequestError for shapes or dtypes that do not fit, scores with NaN, a bad share.
+    What came begins at 0, with no optimizer state.
+    """
+
+    mask: Tensor
+    grown: Tensor
+
+
+def set_step(mask: Tensor, weight: Tensor, share: float, generator: torch.Generator) -> Move:
+    """A step of SET (Mocanu et al. 2018): a new mask, of which as many are kept as before.
+
+    The ``round(share * kept)`` kept entries of least magnitude leave, and as many come that were
+    outside before, drawn uniformly from ``generator`` (on the CPU); never more than there are
+    outside. Ties leave from the lowest index on. mask: bool, of the shape of ``weight``.
+    Raises RequestError for shapes or dtypes that do not fit, a weight with NaN, a bad share.
     """
     flat, moved = _request(mask, weight, share)
     outside = (~flat).nonzero().squeeze(1)
     _drop_(flat, weight, moved)
     drawn = torch.randperm(outside.numel(), generator=generator)[:moved].sort().values
-    come = outside[drawn.to(outside.device)]
-    flat[come] = True
-    mask.copy_(flat.reshape(mask.shape))
-    return come
+    return _grown(flat, outside[drawn.to(outside.device)], mask)
 
 
-def rigl_(mask: Tensor, weight: Tensor, gradient: Tensor, share: float) -> Tensor:
-    """A step of RigL (Evci et al. 2020), in place: what came, as flat indices (k,), ascending.
+def rigl_step(mask: Tensor, weight: Tensor, gradient: Tensor, share: float) -> Move:
+    """A step of RigL (Evci et al. 2020): as ``set_step``, but by gradient.
 
-    As ``set_``, but the entries come whose ``gradient`` (of the dense weight) is largest in
-    magnitude, ties from the lowest index on. As in the paper an entry that has just left may come
-    back, at 0; ``come`` then has it. Raises what ``set_`` raises.
+    The entries come whose ``gradient`` (of the dense weight, its shape) is largest in magnitude,
+    ties from the lowest index on. As in the paper an entry that has just left may come back, at
+    0; ``grown`` then has it. Raises what ``set_step`` raises, and for a gradient with NaN.
     """
     if gradient.shape != mask.shape:
         raise RequestError(
@@ -45,10 +55,8 @@ def rigl_(mask: Tensor, weight: Tensor, gradient: Tensor, share: float) -> Tenso
     flat, moved = _request(mask, weight, share)
     _drop_(flat, weight, moved)
     outside = (~flat).nonzero().squeeze(1)
-    come = outside[choose(gradient.detach().reshape(-1)[outside].abs(), moved)]
-    flat[come] = True
-    mask.copy_(flat.reshape(mask.shape))
-    return come
+    best = choose(gradient.detach().reshape(-1)[outside].abs(), moved)
+    return _grown(flat, outside[best], mask)
 
 
 def share_at(step: int, *, share: float, end: int) -> float:
@@ -79,3 +87,8 @@ def _drop_(flat: Tensor, weight: Tensor, moved: int) -> None:
     kept = flat.nonzero().squeeze(1)
     least = choose(weight.detach().reshape(-1)[kept].abs(), moved, largest=False)
     flat[kept[least]] = False
+
+
+def _grown(flat: Tensor, come: Tensor, mask: Tensor) -> Move:
+    flat[come] = True
+    return Move(flat.reshape(mask.shape), come)

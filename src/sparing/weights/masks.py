@@ -85,8 +85,11 @@ def require_share(keep: float) -> None:
 def require_finite(scores: Mapping[str, Tensor]) -> None:
     """Raise RequestError if a score is NaN or infinite, naming the first such tensor."""
     for name, score in scores.items():
-        fine = score.isfinite()
-        if not bool(fine.all()):
+        if not score.numel():
+            continue
+        # one pass without a tensor of flags: NaN and both infinities show in the extremes
+        if not all(math.isfinite(float(end)) for end in score.detach().aminmax()):
+            fine = score.isfinite()
             first = int((~fine).reshape(-1).nonzero()[0])
             raise RequestError(
                 f'{int((~fine).sum())} of {score.numel()} scores of "{name}" are not finite, the '

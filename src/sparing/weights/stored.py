@@ -29,6 +29,7 @@ HEADER = struct.Struct("<BBHIQII")
 LARGEST = 2**32 - 1
 """Entries in one mask."""
 
+Whole = NDArray[np.int64]
 Bytes = NDArray[np.uint8]
 Flags = NDArray[np.bool_]
 
@@ -111,12 +112,13 @@ def parameter(count: int, size: int) -> int:
     return max(1, math.ceil(-math.log1p(others) / math.log(others)))
 
 
-def _gaps(places: NDArray[np.int64]) -> NDArray[np.int64]:
+def _gaps(places: Whole) -> Whole:
     """How many entries lie between one and the one before: (n,) ascending -> (n,)."""
-    return np.diff(places, prepend=-1) - 1
+    gaps: Whole = np.diff(places, prepend=-1) - 1
+    return gaps
 
 
-def _coded(gaps: NDArray[np.int64], m: int) -> Bytes:
+def _coded(gaps: Whole, m: int) -> Bytes:
     quotients, rest = np.divmod(gaps, m)
     ends = np.cumsum(quotients + 1) - 1
     unary = np.ones(int(ends[-1]) + 1, dtype=np.uint8)
@@ -130,16 +132,16 @@ def _coded(gaps: NDArray[np.int64], m: int) -> Bytes:
     return np.concatenate([np.packbits(s.astype(np.uint8), bitorder="little") for s in streams])
 
 
-def _decoded(body: Bytes, m: int, count: int) -> NDArray[np.int64]:
+def _decoded(body: Bytes, m: int, count: int) -> Whole:
     """The gaps of a body. Raises RunError if it is too short or too long for them."""
     if count == 0:
         if body.size:
             raise _broken("it has a body and no gaps")
         return np.zeros(0, dtype=np.int64)
-    ends = np.flatnonzero(np.unpackbits(body, bitorder="little") == 0)[:count]
+    ends: Whole = np.flatnonzero(np.unpackbits(body, bitorder="little") == 0)[:count]
     if ends.size < count:
         raise _broken(f"it holds {ends.size} of {count} gaps")
-    quotients = np.diff(ends, prepend=-1) - 1
+    quotients = _gaps(ends)
     at = -(-(int(ends[-1]) + 1) // 8)
     width, short = _truncated(m)
     bits = _stream(body[at:], width * count).reshape(count, width).astype(np.int64)
@@ -149,11 +151,12 @@ def _decoded(body: Bytes, m: int, count: int) -> NDArray[np.int64]:
     last = _stream(body[at:], int(long.sum()))
     if body.size != at + -(-last.size // 8):
         raise _broken(f"its body has {body.size} bytes instead of {at + -(-last.size // 8)}")
-    rest = upper
+    rest: Whole = upper
     rest[long] = 2 * upper[long] + last - short
     if bool((rest >= m).any()):
         raise _broken(f"a remainder is above m = {m}")
-    return quotients * m + rest
+    rest += quotients * m
+    return rest
 
 
 def _stream(body: Bytes, count: int) -> Bytes:

@@ -1,7 +1,7 @@
 """Scores of parameters before training: the higher, the more a mask should keep an entry.
 
 Each is a function ``(model, named, batches, loss, *, ...) -> {name: scores}``; those in
-``DATA_FREE`` look at neither batches nor loss.
+``DATA_FREE`` need no data: of a batch SynFlow uses the shapes only, the others ignore it.
 """
 
 from sparing.weights.scores.data_free import magnitude as magnitude
@@ -10,5 +10,6 @@ from sparing.weights.scores.fisher import fisher as fisher
 from sparing.weights.scores.grasp import grasp as grasp
 from sparing.weights.scores.snip import iterative_snip as iterative_snip
 from sparing.weights.scores.snip import snip as snip
+from sparing.weights.scores.synflow import synflow as synflow
 
-DATA_FREE = ("random", "magnitude")
+DATA_FREE = ("random", "magnitude", "synflow")

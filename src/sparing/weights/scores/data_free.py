@@ -61,8 +61,8 @@ def magnitude(
         f"scored at random, by seed; the score snip has a defined score for them",
         stacklevel=2,
     )
-    scores |= random(model, {name: named[name] for name in zeros}, seed=seed)
-    return normalised(scores)
+    drawn = random(model, {name: named[name] for name in zeros}, seed=seed)
+    return normalised(scores | {name: drawn[name].to(scores[name].dtype) for name in zeros})
 
 
 def wide(parameter: Tensor) -> Tensor:

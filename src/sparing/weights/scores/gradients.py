@@ -125,5 +125,5 @@ def _warn_of_unreached(named: Named, reached: set[str]) -> None:
     if missed:
         warnings.warn(
             f"the loss does not depend on {', '.join(missed)}: the scores there are 0",
-            stacklevel=5,
+            stacklevel=4,
         )

@@ -19,7 +19,6 @@ from sparing.weights.scores.gradients import (
     loss_of,
     mean_gradients,
     normalised,
-    step_zeros_,
     zero_factors,
 )
 from sparing.weights.scores.looking import looking
@@ -47,8 +46,12 @@ def grasp(
     with any operation and needs the memory of one backward pass.
     The paper divides the logits by a temperature of 200; a ``loss`` may do so.
 
-    ``zero``, the normalisation that it brings, the state of the model, the dtype of the scores
-    and the errors are as in ``snip``.
+    zero: parameters that begin at zero (None: those that are all 0). There w * Hg is 0 whatever
+    the entry is worth; what the gradient loses when such an entry stays at 0 is its own square.
+    So g^2 is their score, and each tensor's scores are divided by their mean absolute value. The
+    factor before needs nothing: of LoRA's A, at B = 0, w * Hg is A * (dL/dB)^T dL/d(BA).
+
+    The state of the model, the dtype of the scores and the errors are as in ``snip``.
     """
     if product not in PRODUCTS:
         raise unknown("product", product, PRODUCTS)
@@ -56,12 +59,10 @@ def grasp(
         zeros = zero_factors(named, zero)
         held = list(batches)
         gradients = mean_gradients(model, named, held, loss)
-        if zeros:
-            step_zeros_(named, gradients, zeros)
-            gradients = mean_gradients(model, named, held, loss)
         work = _exact if product == "exact" else _differences
         products = work(model, named, held, loss, gradients)
         scores = {name: p.detach() * products[name] for name, p in named.items()}
+        scores |= {name: gradients[name].square() for name in zeros}
     require_finite(scores)
     return normalised(scores) if zeros else scores
 

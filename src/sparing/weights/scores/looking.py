@@ -17,14 +17,18 @@ HALF = (torch.float16, torch.bfloat16)
 
 @contextmanager
 def looking(
-    model: nn.Module, named: Mapping[str, nn.Parameter], batches: Any = None
+    model: nn.Module,
+    named: Mapping[str, nn.Parameter],
+    batches: Any = None,
+    *,
+    double: bool = False,
 ) -> Iterator[None]:
     """Gradients for ``named`` only, evaluation mode, float32 in place of half precision.
 
     Parameters in half precision stand in float32 meanwhile (as buffers do), named ones as copies
-    that may be written to. Autocast is off. Afterwards weights, buffers, gradients, modes,
-    ``requires_grad``, the global generators, and those of a data loader given as ``batches``,
-    are as before, also after an error.
+    that may be written to; with ``double`` all that floats stands in float64. Autocast is off.
+    Afterwards weights, buffers, gradients, modes, ``requires_grad``, the global generators, and
+    those of a data loader given as ``batches``, are as before, also after an error.
 
     Evaluation mode, because dropout would make the scores a matter of chance and running
     statistics are what the pretrained model works with.
@@ -47,14 +51,14 @@ def looking(
         for module in model.modules():
             stack.callback(setattr, module, "training", module.training)
         for parameter in model.parameters():
-            stack.callback(_put_back_, parameter, parameter.data, parameter.grad)
+            data = parameter.data  # another object at each access
+            stack.callback(_put_back_, parameter, data, parameter.grad)
             stack.callback(parameter.requires_grad_, parameter.requires_grad)
             parameter.grad = None
             parameter.requires_grad_(id(parameter) in scored)
-            if parameter.dtype in HALF:
-                parameter.data = parameter.data.float()
-            elif id(parameter) in scored:
-                parameter.data = parameter.data.clone()
+            wide = _widened(data, double)
+            own_copy = wide is not data or id(parameter) not in scored
+            parameter.data = wide if own_copy else data.clone()
         copies: dict[int, Tensor] = {}
         for module in model.modules():
             for key, buffer in module._buffers.items():
@@ -62,14 +66,21 @@ def looking(
                     continue
                 stack.callback(module._buffers.__setitem__, key, buffer)
                 if id(buffer) not in copies:
-                    half = buffer.dtype in HALF
-                    copies[id(buffer)] = buffer.float() if half else buffer.clone()
+                    wide = _widened(buffer, double)
+                    copies[id(buffer)] = buffer.clone() if wide is buffer else wide
                 module._buffers[key] = copies[id(buffer)]
         model.eval()
         for kind in {parameter.device.type for parameter in model.parameters()}:
             stack.enter_context(torch.autocast(kind, enabled=False))
         stack.enter_context(torch.enable_grad())
         yield
+
+
+def _widened(tensor: Tensor, double: bool) -> Tensor:
+    """In the type to differentiate in; itself if it is of that type, or does not float."""
+    if double and tensor.is_floating_point():
+        return tensor.double()
+    return tensor.float() if tensor.dtype in HALF else tensor
 
 
 def _put_back_(parameter: nn.Parameter, data: Tensor, grad: Tensor | None) -> None:

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from sparing.core.errors import RequestError
-from sparing.weights.masks import Layers, nested, require_finite, shares
+from sparing.weights.masks import Layers, require_finite, shares
 from sparing.weights.patterns import Units
 from sparing.weights.scores.gradients import (
     Loss,
@@ -20,6 +18,7 @@ from sparing.weights.scores.gradients import (
     zero_factors,
 )
 from sparing.weights.scores.looking import looking
+from sparing.weights.scores.survival import by_survival, mask_
 
 
 def snip(
@@ -88,29 +87,16 @@ def iterative_snip(
     with looking(model, named, batches):
         held = list(batches)
     zeros = zero_factors(named, zero)
-    keeps = shares(keep, steps, schedule=schedule)
-    last: dict[str, Tensor] = {}
 
     def score(within: dict[str, Tensor]) -> dict[str, Tensor]:
-        last.update(snip(model, named, held, loss, zero=zeros, within=within))
-        return last
+        return snip(model, named, held, loss, zero=zeros, within=within)
 
-    found = nested(
-        score, named, keeps, scope=scope, pattern=pattern, layer_of=layer_of, units=units
+    return by_survival(
+        score,
+        named,
+        shares(keep, steps, schedule=schedule),
+        scope=scope,
+        pattern=pattern,
+        layer_of=layer_of,
+        units=units,
     )
-    ranked = {name: torch.full_like(score, -steps) for name, score in last.items()}
-    for step in found[:-1]:
-        for name, mask in step.items():
-            ranked[name] += mask
-    return {name: torch.where(found[-1][name], last[name], ranked[name]) for name in last}
-
-
-@torch.no_grad()
-def mask_(named: Named, within: Mapping[str, Tensor]) -> None:
-    """Zero what the masks leave out; inside ``looking``. Raises RequestError for a missing mask."""
-    for name, parameter in named.items():
-        if name not in within or within[name].shape != parameter.shape:
-            raise RequestError(
-                f'within has no mask of the shape {tuple(parameter.shape)} of "{name}"'
-            )
-        parameter.mul_(within[name].to(parameter.device))
