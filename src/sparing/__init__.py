@@ -122,6 +122,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "UCB",
     "Clock",
     "Comparison",
     "Context",
@@ -153,7 +154,6 @@ __all__ = [
     "TopK",
     "TopP",
     "TwoPhase",
-    "UCB",
     "__version__",
     "adapt_",
     "attach",

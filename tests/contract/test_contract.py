@@ -216,7 +216,9 @@ def test_activation_checkpointing_makes_no_difference(name, options):
     plain = Loop(build(name, options)).run(6)
     lean = Loop(build(name, options), checkpointing=True).run(6)
     # steps times blocks; a frozen block in front of all that is trained has no backward
-    assert lean.recomputed in ([6 * 2, 6] if "freezes_base" in vars(type(lean.methods[0])) else [12])
+    assert lean.recomputed in (
+        [6 * 2, 6] if "freezes_base" in vars(type(lean.methods[0])) else [12]
+    )
     assert plain.recomputed == 0
     assert differences(plain.outcome(), lean.outcome()) == []
 

@@ -74,27 +74,35 @@ def test_copies_and_pickles_of_a_trained_adapter_compute_the_same(kind):
 
 
 @every_kind
-def test_gradients_agree_with_finite_differences(kind):
-    torch.manual_seed(0)
-    model = llama().double()
-    adapted(model, kind=kind, keep=0.3, scale=1.0)
+@pytest.mark.parametrize("family", ["bert", "gpt2", "vit"])
+@pytest.mark.parametrize("zero_start", [True, False])
+def test_gradients_agree_with_finite_differences(kind, family, zero_start):
+    model = FAMILIES[family]().double()
+    adapted(model, kind=kind, keep=0.4, zero_start=zero_start, train_also=[])
+    base = model.base_model  # losses and heads of some families go through float32
     parameters = list(trained(model).values())
+    generator = torch.Generator().manual_seed(0)
     for parameter in parameters:
-        parameter.data.normal_(std=0.3)
+        parameter.data.normal_(std=0.3, generator=generator)
     inputs = batch(model, rows=1)
-    inputs = {"inputs_embeds": torch.randn(1, 4, 16).double(), "labels": inputs["labels"][:, :4]}
-    loss = model(**inputs).loss
-    gradients = torch.autograd.grad(loss, parameters)
+    del inputs["labels"]
+    inputs = {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
+
+    def loss() -> torch.Tensor:
+        return base(**inputs).last_hidden_state.pow(3).sum()
+
+    gradients = torch.autograd.grad(loss(), parameters)
     for parameter, gradient in zip(parameters, gradients, strict=True):
-        for place in range(0, parameter.numel(), max(1, parameter.numel() // 3)):
+        for place in range(0, parameter.numel(), max(1, parameter.numel() // 2)):
             ends = []
-            for step in (1e-5, -1e-5):
+            for step in (1e-6, -2e-6):
                 with torch.no_grad():
                     parameter.view(-1)[place] += step
-                    ends.append(float(model(**inputs).loss))
-                    parameter.view(-1)[place] -= step
-            slope = (ends[0] - ends[1]) / 2e-5
-            assert slope == pytest.approx(float(gradient.view(-1)[place]), rel=1e-4, abs=1e-8)
+                ends.append(float(loss().detach()))
+            with torch.no_grad():
+                parameter.view(-1)[place] += 1e-6
+            slope = (ends[0] - ends[1]) / 2e-6
+            assert slope == pytest.approx(float(gradient.view(-1)[place]), rel=1e-4, abs=1e-5)
 
 
 @every_kind
@@ -129,7 +137,7 @@ def test_several_adapters_are_switched_with_their_heads():
         switch_(model, name)
         assert logits(model).equal(expected)
         assert all(
-            name in key or key.startswith("classifier.") and childless(key)
+            name in key or (key.startswith("classifier.") and childless(key))
             for key in trained(model)
         )
     switch_(model)
@@ -232,7 +240,7 @@ def test_a_tied_or_overflowing_weight_is_not_merged():
     ["random", "er", "erk", "magnitude", "snip", "iterative-snip", "grasp", "fisher", "synflow"],
 )
 @pytest.mark.parametrize("kind", ["lora", "pfeiffer", "prefix"])
-@pytest.mark.filterwarnings("ignore:.*zero:UserWarning")
+@pytest.mark.filterwarnings("ignore:magnitude says nothing:UserWarning")
 def test_counts_are_exact_for_every_score(score, kind):
     for keep in (0.2, 0.55, 1.0):
         model = adapted(bert(), kind=kind, score=score, keep=keep)
@@ -249,7 +257,8 @@ def test_scopes_are_budgets(scope):
             assert all(kept == round(0.3 * size) for kept, size in pairs)
         if scope == "layer":
             assert sum(k for k, _ in pairs) == round(0.3 * sum(s for _, s in pairs))
-    assert entries(model)[0] == round(0.3 * entries(model)[1])
+    if scope == "global":
+        assert entries(model)[0] == round(0.3 * entries(model)[1])
 
 
 @pytest.mark.parametrize("kind", ["lora", "houlsby", "pfeiffer", "prefix", "mam"])
@@ -287,7 +296,8 @@ def test_the_same_seed_gives_the_same_adapter_and_the_generators_stay():
     )
     assert torch.get_rng_state().equal(before)
     one, two, three = (
-        torch.cat([p.flatten() for p in trained(model).values()]) for model in (first, second, third)
+        torch.cat([p.flatten() for p in trained(model).values()])
+        for model in (first, second, third)
     )
     assert one.equal(two)
     assert not one.equal(three)
@@ -366,7 +376,9 @@ def test_flops_are_those_of_torchs_counter(kind):
     from torch.utils.flop_counter import FlopCounterMode
 
     model = adapted(bert(attn_implementation="eager"), kind=kind)
-    with FlopCounterMode(display=False) as counter:
+    # the fused attention of a processor is one operation, for which the counter reads 0
+    math = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
+    with math, FlopCounterMode(display=False) as counter:
         model(**batch(model)).loss.backward()
     static = count(model, lambda: model(**batch(model)))
     assert static.uncounted == ()
@@ -451,7 +463,7 @@ def test_names_and_models_with_nothing_to_adapt_are_refused(build, options, says
 def test_a_quantised_base_is_refused():
     quantised = nn.Sequential(nn.Linear(4, 4))
     quantised[0].weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.int8), requires_grad=False)
-    with pytest.raises(RequestError, match='quantised \\("0.weight" is torch.int8'):
+    with pytest.raises(RequestError, match=r'quantised \("0.weight" is torch.int8'):
         adapt_(quantised, SparseAdapter(kind="lora", score="random"))
     small = nn.Sequential(nn.Linear(4, 4))
     small[0].weight = nn.Parameter(torch.zeros(4, 4).to(torch.float8_e4m3fn), requires_grad=False)
@@ -495,7 +507,7 @@ def test_scores_that_are_not_finite_name_where_they_come_from():
     model = mlp()
     model[2].weight.data[0, 0] = float("inf")
     x, y = torch.randn(4, 6), torch.arange(4) % 3
-    with pytest.raises((RequestError, RunError), match="nan|inf|finite"):
+    with pytest.raises((RequestError, RunError), match=r"nan|inf|finite"):
         adapt_(model, SparseAdapter(kind="lora", score="snip"), data=[(x, y)])
     assert not places(model)
 

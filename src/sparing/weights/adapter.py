@@ -80,6 +80,8 @@ class Adapter(nn.Module, abc.ABC):
 class Place(nn.Module):
     """The adapters of one module by name: which of them act, which are merged into its weight."""
 
+    original: Tensor | None
+
     def __init__(self) -> None:
         super().__init__()
         self.adapters = nn.ModuleDict()

@@ -109,7 +109,8 @@ class SparseAdapter(Method):
 
     def touches(self) -> list[str]:
         lines = [
-            f"{name}: keeps {kept:,} of {size:,} entries" for name, (kept, size) in self._kept.items()
+            f"{name}: keeps {kept:,} of {size:,} entries"
+            for name, (kept, size) in self._kept.items()
         ]
         if self._sizes:
             lines.append(
@@ -203,4 +204,3 @@ def adapt_(
 
 def _inside(path: str, owned: tuple[str, ...]) -> bool:
     return any(path == name or path.startswith(f"{name}.") for name in owned)
-

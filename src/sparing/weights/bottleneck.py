@@ -171,9 +171,7 @@ class ParallelResidual(Bottleneck):
         if len(args) > 1:
             return (args[0], args[1] + self(args[1]), *args[2:]), kwargs
         if "input_tensor" not in kwargs:
-            raise RequestError(
-                f"{type(module).__name__} was called without the input of its block"
-            )
+            raise RequestError(f"{type(module).__name__} was called without the input of its block")
         x = kwargs["input_tensor"]
         return args, {**kwargs, "input_tensor": x + self(x)}
 

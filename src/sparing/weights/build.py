@@ -56,9 +56,7 @@ def spots(model: nn.Module, options: Options) -> list[Spot]:
     return found
 
 
-def parts(
-    model: nn.Module, options: Options, where: list[Spot], seed: int
-) -> dict[str, Adapter]:
+def parts(model: nn.Module, options: Options, where: list[Spot], seed: int) -> dict[str, Adapter]:
     """New parts by the name of the module that each adapts, dense, with their first values."""
     generator = torch.Generator().manual_seed(seed)
     size = _sized(options, where)
@@ -92,8 +90,7 @@ def parts(
             made[spot.path] = BOTTLENECKS[spot.kind].fresh(
                 spot.sizes,
                 width=size(spot),
-                activation=options.activation
-                or ("swish" if options.kind == "houlsby" else "relu"),
+                activation=options.activation or ("swish" if options.kind == "houlsby" else "relu"),
                 scale=options.scale if options.scale is not None else 4.0 if beside else 1.0,
                 dropout=options.dropout,
                 zero_start=options.zero_start,

@@ -41,7 +41,9 @@ def save_adapter(model: nn.Module, path: str | Path, name: str = "default") -> N
     """
     path = Path(path)
     about = require(model, name)
-    if path.is_file() or (path.is_dir() and any(path.iterdir()) and not (path / state.JSON).exists()):
+    if path.is_file() or (
+        path.is_dir() and any(path.iterdir()) and not (path / state.JSON).exists()
+    ):
         raise RequestError(f"{path} holds something else; give a new directory")
     mine = parts(model, name)
     flags = [factor.mask().reshape(-1).cpu() for _, factor in _factors(mine)]
@@ -120,7 +122,9 @@ def restored(about: Mapping[str, Any]) -> Adapter:
     if kind == Prefix.kind:
         return Prefix(dense["key"], dense["value"], **config)
     if kind not in BOTTLENECKS:
-        raise RunError(f'the file has a part of the kind "{kind}", which this version does not know')
+        raise RunError(
+            f'the file has a part of the kind "{kind}", which this version does not know'
+        )
     biases = torch.zeros(dense["down"].shape[0]), torch.zeros(dense["up"].shape[0])
     return BOTTLENECKS[kind](dense["down"], dense["up"], *biases, **config)
 
@@ -182,7 +186,7 @@ def _fill_(
     factors = _factors(made)
     total = sum(factor.size for _, factor in factors)
     flags = decode(tree["masks"], (total,))
-    pieces = flags.split([factor.size for _, factor in factors])
+    pieces = torch.split(flags, [factor.size for _, factor in factors])
     for (_, factor), flat in zip(factors, pieces, strict=True):
         if not bool(flat.all()):
             factor.keep_(flat.view(factor.shape))

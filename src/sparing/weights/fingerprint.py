@@ -43,7 +43,8 @@ def require_plain(model: nn.Module) -> None:
         (
             (name, str(p.dtype))
             for name, p in model.named_parameters()
-            if not (p.is_floating_point() or p.is_complex()) or p.is_quantized
+            if not (p.is_floating_point() or p.is_complex())
+            or p.is_quantized
             or p.element_size() == 1
         ),
         None,

@@ -58,9 +58,7 @@ def merged(model: nn.Module) -> bool:
 
 def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that are not an adapter's, by name."""
-    owned = {
-        id(p) for _, place in places(model).values() for p in place.parameters()
-    }
+    owned = {id(p) for _, place in places(model).values() for p in place.parameters()}
     return {name: p for name, p in model.named_parameters() if id(p) not in owned}
 
 

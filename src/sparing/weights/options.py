@@ -24,7 +24,7 @@ SCORES = (
     "fisher",
 )
 DATA_FREE = ("random", "magnitude", "er", "erk", "synflow")
-"""Scores that look at no data."""
+"""Scores that look at no labels; SynFlow takes the shapes of a batch, if there is one."""
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 
@@ -127,5 +127,5 @@ def require_name(name: object) -> None:
     if not fine or hasattr(nn.ModuleDict, str(name)):
         raise RequestError(
             f"an adapter's name is a word without dots, slashes and spaces, and not one of "
-            f"torch's own such as \"train\"; got {name!r}"
+            f'torch\'s own such as "train"; got {name!r}'
         )

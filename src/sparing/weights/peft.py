@@ -107,7 +107,9 @@ def from_peft_(model: nn.Module, path: str | Path, name: str = "default") -> nn.
     if merged(model):
         raise RequestError("adapters are merged into the base; unmerge_ them first")
     flags = _masks(grouped, record)
-    about = Options(kind="lora", rank=int(config["r"]), alpha=float(config["lora_alpha"]), name=name)
+    about = Options(
+        kind="lora", rank=int(config["r"]), alpha=float(config["lora_alpha"]), name=name
+    )
     kept = sum(int(flag.sum()) for flag in flags.values())
     share = kept / sum(flag.numel() for flag in flags.values())
     noted = {**vars(about), "targets": list(grouped), "keep": share, "score": "random"}
@@ -125,7 +127,9 @@ def from_peft_(model: nn.Module, path: str | Path, name: str = "default") -> nn.
             attach_(module, place, name, part.to(weight.device))
         for place, part_ in adapters(model, name).items():
             if isinstance(part_, Own):
-                values = {n: tensors[f"{place}.{n}"] for n in part_.names if f"{place}.{n}" in tensors}
+                values = {
+                    n: tensors[f"{place}.{n}"] for n in part_.names if f"{place}.{n}" in tensors
+                }
                 if len(values) < len(part_.names):
                     raise RequestError(f'{path} has no values for all of "{place}"')
                 part_.put_(model.get_submodule(place), False, values)
@@ -142,9 +146,7 @@ def _config(model: nn.Module, mine: Mapping[str, LoRA], about: Mapping[str, Any]
     return {
         "peft_type": "LORA",
         "task_type": None,
-        "base_model_name_or_path": getattr(
-            getattr(model, "config", None), "_name_or_path", None
-        ),
+        "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None),
         "inference_mode": True,
         "r": common,
         "lora_alpha": scaling * common,
@@ -197,7 +199,7 @@ def _read_weights(path: Path) -> tuple[dict[str, Tensor], str | None]:
         raise RequestError(f"{path} holds no {WEIGHTS}{why}: save it with safe_serialization=True")
     try:
         with safe_open(path / WEIGHTS, framework="pt") as file:
-            tensors = {name.removeprefix(PREFIX): file.get_tensor(name) for name in file.keys()}
+            tensors = {name.removeprefix(PREFIX): file.get_tensor(name) for name in [*file.keys()]}
             return tensors, (file.metadata() or {}).get(MASKS)
     except SafetensorError as error:
         raise RunError(f"{path / WEIGHTS} is damaged ({error}); export it again") from error
@@ -217,7 +219,7 @@ def _grouped(
     """A and B by the name of the module, checked against the model."""
     grouped: dict[str, tuple[Tensor, Tensor]] = {}
     linear = linear_layers(model)
-    for name, tensor in tensors.items():
+    for name in tensors:
         if any(name.startswith(f"{head}.") for head in heads):
             continue
         if not name.endswith((".lora_A.weight", ".lora_B.weight")):
@@ -247,9 +249,7 @@ def _grouped(
     return grouped
 
 
-def _masks(
-    grouped: Mapping[str, tuple[Tensor, Tensor]], record: str | None
-) -> dict[str, Tensor]:
+def _masks(grouped: Mapping[str, tuple[Tensor, Tensor]], record: str | None) -> dict[str, Tensor]:
     matrices = {
         f"{place}.{letter}": matrix
         for place, pair in sorted(grouped.items())
@@ -266,7 +266,7 @@ def _masks(
         flat = decode(raw, (sum(matrix.numel() for matrix in matrices.values()),))
     except (RunError, RequestError):  # other matrices than those it was written for
         return zeros
-    pieces = flat.split([matrix.numel() for matrix in matrices.values()])
+    pieces = torch.split(flat, [matrix.numel() for matrix in matrices.values()])
     noted = {
         name: piece.view(matrix.shape)
         for (name, matrix), piece in zip(matrices.items(), pieces, strict=True)

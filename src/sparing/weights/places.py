@@ -79,11 +79,7 @@ def blocks(model: nn.Module) -> list[Block]:
 
 def own_modules(model: nn.Module) -> dict[str, nn.Module]:
     """All modules of the base by name, without adapters."""
-    return {
-        path: module
-        for path, module in model.named_modules()
-        if CHILD not in path.split(".")
-    }
+    return {path: module for path, module in model.named_modules() if CHILD not in path.split(".")}
 
 
 def _bert(path: str, layer: nn.Module) -> Block | None:
@@ -120,7 +116,8 @@ def _distilbert(path: str, layer: nn.Module) -> Block | None:
         path=path,
         attention=_join(path, "attention"),
         houlsby=tuple(
-            Spot(_join(path, place), "sequential", (dim, dim)) for place in ("attention.out_lin", "ffn")
+            Spot(_join(path, place), "sequential", (dim, dim))
+            for place in ("attention.out_lin", "ffn")
         ),
         pfeiffer=(Spot(_join(path, "output_layer_norm"), "inside-norm", (dim, dim)),),
         parallel=(Spot(_join(path, "ffn"), "parallel", (dim, dim)),),
@@ -145,7 +142,8 @@ def _residual(path: str, layer: nn.Module) -> Block | None:
         path=path,
         attention=_join(path, name),
         houlsby=tuple(
-            Spot(_join(path, place), "sequential", (dim, dim)) for place in (f"{name}.{after}", "mlp")
+            Spot(_join(path, place), "sequential", (dim, dim))
+            for place in (f"{name}.{after}", "mlp")
         ),
         pfeiffer=(Spot(path, "sequential", (dim, dim)),),
         parallel=(Spot(_join(path, "mlp"), "parallel", (dim, dim)),),

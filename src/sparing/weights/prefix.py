@@ -23,9 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparing.core.errors import RequestError
-from sparing.core.flops import Call
-from sparing.core.formulas import Product, costs_nothing, matmul_flops, register
-from sparing.weights.adapter import CHILD, Adapter, place_of
+from sparing.core.flops import Call, Product, matmul_flops, register
+from sparing.weights.adapter import Adapter, place_of
 from sparing.weights.factor import Factor
 
 NAMED = "sparing_prefix_"
@@ -77,7 +76,7 @@ class Prefix(Adapter):
         look_no_more_(module)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         # a model from a pickle names the function, which its new process has to know
         for original in SUPPORTED:
             _register(original)
@@ -90,7 +89,7 @@ class Prefix(Adapter):
         ]
         return shaped[0].transpose(1, 2), shaped[1].transpose(1, 2)
 
-    def beside(self, query: Tensor, scaling: float | None) -> Tensor:
+    def forward(self, query: Tensor, scaling: float | None) -> Tensor:
         """What the prefix alone gives: query (B, H, S, head_dim) to (B, S, H, head_dim)."""
         key, value = (
             pair.repeat_interleave(query.shape[1] // pair.shape[1], 1) for pair in self.pairs(query)
@@ -148,7 +147,7 @@ def look_for_prefixes_(module: nn.Module) -> None:
         return
     if name not in SUPPORTED:
         raise RequestError(
-            f'prefixes work with the attention implementations {", ".join(SUPPORTED)}; this model '
+            f"prefixes work with the attention implementations {', '.join(SUPPORTED)}; this model "
             f'uses "{name}": load it with attn_implementation="sdpa"'
         )
     _register(name)
@@ -156,11 +155,9 @@ def look_for_prefixes_(module: nn.Module) -> None:
 
 
 def look_no_more_(module: nn.Module) -> None:
-    """Undo ``look_for_prefixes_`` for this configuration.
+    """Undo ``look_for_prefixes_``, for all layers that share the configuration.
 
-    Other layers with a prefix need it still; the last one to leave finds no use of it, and since
-    layers without a prefix are computed the same either way, each sets it back and others set it
-    anew when they are called.
+    A prefix that stays elsewhere in the model has to look again: see ``delete_``.
     """
     config: Any = module.config
     config._attn_implementation = config._attn_implementation.removeprefix(NAMED)
@@ -200,7 +197,7 @@ def _attend(
     """Attention with the layer's prefixes; query (B, H, S, d) to (B, S, H, d)."""
     place = place_of(module)
     acting = [part for part in place.acting() if isinstance(part, Prefix)] if place else []
-    plain_key = query, named.get("scaling")
+    alone = query, named.get("scaling")
     for prefix in acting:
         if prefix.shared_softmax:
             key, value, attention_mask = prefix.joined(
@@ -213,5 +210,19 @@ def _attend(
     )
     for prefix in acting:
         if not prefix.shared_softmax:
-            output = output + prefix.beside(*plain_key)
+            output = output + prefix(*alone)
     return output, weights
+
+
+def _formula(call: Call) -> list[Product]:
+    """Queries times keys and probabilities times values, each (B H S) x head_dim x P."""
+    module, query = call.module, call.x
+    flops = matmul_flops(query.numel() // module.head_dim, module.head_dim, module.key.shape[0])
+    key, value = module.key.values.requires_grad, module.value.values.requires_grad
+    return [
+        Product(flops, query.requires_grad + key),
+        Product(flops, (query.requires_grad or key) + value),
+    ]
+
+
+register(Prefix, _formula)

@@ -83,8 +83,8 @@ def _scores(
     if options.score == "magnitude":
         return scores.magnitude(model, named, seed=seed)
     if options.score == "synflow":
-        example = drawn(model, data, 1, options.score)[0]
-        return scores.synflow(model, named, example, keep=keep)
+        shapes = () if data is None else drawn(model, data, 1, options.score)
+        return scores.synflow(model, named, shapes, loss or _called, keep=keep, **arguments)
     batches = drawn(model, data, options.batches, options.score)
     loss = loss or own_loss
     if options.score == "iterative-snip":
@@ -102,9 +102,7 @@ def _scores(
     return found
 
 
-def drawn(
-    model: nn.Module, data: Iterable[Any] | None, count: int, score: str
-) -> list[Any]:
+def drawn(model: nn.Module, data: Iterable[Any] | None, count: int, score: str) -> list[Any]:
     """The first batches of the data, on the model's device; generators stay as they were.
 
     Raises RequestError without data or with data that has no batch.
@@ -119,7 +117,9 @@ def drawn(
         raise RequestError(f'the data for the score "{score}" is empty; give at least one batch')
     kept = random_state()
     owners = (data, getattr(data, "sampler", None))
-    generators = [g for o in owners if isinstance(g := getattr(o, "generator", None), torch.Generator)]
+    generators = [
+        g for o in owners if isinstance(g := getattr(o, "generator", None), torch.Generator)
+    ]
     states = [generator.get_state() for generator in generators]
     try:
         found = list(itertools.islice(iter(data), count))
@@ -167,6 +167,13 @@ def own_loss(model: nn.Module, batch: Any) -> Tensor:
         f"got {type(batch).__name__} of {', '.join(kinds) or 'no tensors'}; give "
         f"loss=(model, batch) -> a number"
     )
+
+
+def _called(model: nn.Module, batch: Any) -> Any:
+    """Calls the model on a batch, labels or not; what it gives is not looked at."""
+    if isinstance(batch, Mapping):
+        return model(**{k: v for k, v in batch.items() if k not in ("label", "labels")})
+    return model(batch[0] if isinstance(batch, list | tuple) else batch)
 
 
 @torch.no_grad()

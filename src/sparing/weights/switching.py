@@ -96,8 +96,9 @@ def merge_(model: nn.Module, *, unload: bool = False) -> nn.Module:
                     )
             found.append((module, place, _sum(path, module, todo, shared)))
         for module, place, weight in found:
-            place.original = module.weight.detach().clone()
-            module.weight.copy_(weight)
+            own = _weight(module)
+            place.original = own.detach().clone()
+            own.copy_(weight)
             place.merged = list(place.active)
     if unload:
         for module, place in places(model).values():
@@ -112,7 +113,7 @@ def unmerge_(model: nn.Module) -> nn.Module:
     """Give the base its weights back as they were before ``merge_``, bit for bit."""
     for module, place in places(model).values():
         if place.merged and place.original is not None:
-            module.weight.copy_(place.original)
+            _weight(module).copy_(place.original)
         place.original = None
         place.merged = []
     return model
@@ -138,8 +139,7 @@ def delete_(model: nn.Module, name: str) -> nn.Module:
 
 
 def _sum(path: str, module: nn.Module, todo: list[Adapter], shared: set[int]) -> Tensor:
-    weight = module.weight
-    assert isinstance(weight, Tensor)
+    weight = _weight(module)
     if id(weight) in shared:
         raise RequestError(
             f'the weight of "{path}" is tied to another module, which a merge would change too; '
@@ -153,6 +153,12 @@ def _sum(path: str, module: nn.Module, todo: list[Adapter], shared: set[int]) ->
     if not bool(torch.isfinite(result).all()):
         raise RunError(f'merging would make the weight of "{path}" infinite or NaN')
     return result
+
+
+def _weight(module: nn.Module) -> Tensor:
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight
 
 
 def _shared(model: nn.Module) -> set[int]:
