@@ -171,14 +171,14 @@ def test_two_acting_adapters_add_up_but_not_two_heads():
     both = logits(model)
     merged = merge_(copy.deepcopy(model), unload=True)
     torch.testing.assert_close(logits(merged), both)
-    with pytest.raises(RequestError, match="named twice"):
+    with pytest.raises(RequestError, match=r"named twice"):
         switch_(model, "a", "a")
-    with pytest.raises(RequestError, match='no adapter "c"'):
+    with pytest.raises(RequestError, match=r'no adapter "c"'):
         switch_(model, "c")
     heads = bert()
     for name in "ab":
         adapted(heads, name, kind="lora")
-    with pytest.raises(RequestError, match="only one of them can act"):
+    with pytest.raises(RequestError, match=r"only one of them can act"):
         switch_(heads, "a", "b")
 
 
@@ -202,10 +202,10 @@ def test_merging_changes_nothing_and_unmerging_is_exact(family):
 def test_a_merged_model_is_not_adapted_or_merged_wrongly():
     model = adapted(bert(), kind="lora")
     merge_(model)
-    with pytest.raises(RequestError, match="unmerge_ them first"):
+    with pytest.raises(RequestError, match=r"unmerge_ them first"):
         adapted(model, "more")
     switch_(model)
-    with pytest.raises(RequestError, match="nothing to merge"):
+    with pytest.raises(RequestError, match=r"nothing to merge"):
         merge_(model)
 
 
@@ -213,21 +213,21 @@ def test_a_merged_model_is_not_adapted_or_merged_wrongly():
 def test_what_is_not_linear_cannot_be_merged(kind):
     model = train_(adapted(bert(), kind=kind), 1).eval()
     expected = logits(model)
-    with pytest.raises(RequestError, match="cannot be merged"):
+    with pytest.raises(RequestError, match=r"cannot be merged"):
         merge_(model)
     assert logits(model).equal(expected)
 
 
 def test_a_tied_or_overflowing_weight_is_not_merged():
     model = adapted(gpt2(), kind="lora", targets=["lm_head"])
-    with pytest.raises(RequestError, match="tied"):
+    with pytest.raises(RequestError, match=r"tied"):
         merge_(model)
     model = adapted(mlp(), kind="lora")
     part = installed.parts(model, "default")["0"]
     part.b.values.data.fill_(1e38)
     part.a.values.data.fill_(1e38)
     before = model[0].weight.clone()
-    with pytest.raises(RunError, match="infinite or NaN"):
+    with pytest.raises(RunError, match=r"infinite or NaN"):
         merge_(model)
     assert model[0].weight.equal(before)
 
@@ -275,7 +275,7 @@ def test_a_budget_buys_a_larger_and_sparser_adapter(kind, keep):
 
 
 def test_a_budget_that_pays_for_nothing_says_what_would():
-    with pytest.raises(RequestError, match="give at least"):
+    with pytest.raises(RequestError, match=r"give at least"):
         adapted(bert(), kind="pfeiffer", budget=3)
 
 
@@ -405,7 +405,7 @@ def test_a_base_in_half_precision_gets_an_adapter_in_float32(kind):
 
 @pytest.mark.parametrize("keep", [0, -0.1, 1.1, float("nan"), "0.5", None])
 def test_keep_is_a_share_above_zero(keep):
-    with pytest.raises(RequestError, match="keep"):
+    with pytest.raises(RequestError, match=r"keep"):
         SparseAdapter(keep=keep)
 
 
@@ -467,7 +467,7 @@ def test_a_quantised_base_is_refused():
         adapt_(quantised, SparseAdapter(kind="lora", score="random"))
     small = nn.Sequential(nn.Linear(4, 4))
     small[0].weight = nn.Parameter(torch.zeros(4, 4).to(torch.float8_e4m3fn), requires_grad=False)
-    with pytest.raises(RequestError, match="float8"):
+    with pytest.raises(RequestError, match=r"float8"):
         adapt_(small, SparseAdapter(kind="lora", score="random"))
 
 
@@ -495,11 +495,11 @@ def test_data_that_cannot_be_scored_is_refused_and_nothing_stays(data, says):
 def test_a_failed_second_adapter_leaves_the_first_acting():
     model = train_(adapted(bert(), "first", kind="lora"), 2)
     expected = logits(model)
-    with pytest.raises(RequestError, match="no data"):
+    with pytest.raises(RequestError, match=r"no data"):
         adapt_(model, SparseAdapter(kind="lora", score="snip"), name="second")
     assert installed.active(model) == ["first"]
     assert logits(model).equal(expected)
-    with pytest.raises(RequestError, match="already"):
+    with pytest.raises(RequestError, match=r"already"):
         adapted(model, "first")
 
 
@@ -521,9 +521,9 @@ def test_containers_and_layers_that_are_only_read_are_no_targets():
 
 def test_a_part_of_an_adapted_model_is_no_model():
     model = adapted(bert(), kind="lora")
-    with pytest.raises(RequestError, match="part of an adapted model"):
+    with pytest.raises(RequestError, match=r"part of an adapted model"):
         adapted(model.bert, "more")
-    with pytest.raises(RequestError, match="part of an adapted model"):
+    with pytest.raises(RequestError, match=r"part of an adapted model"):
         switch_(model.bert, "default")
 
 

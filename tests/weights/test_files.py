@@ -80,12 +80,12 @@ def test_the_base_may_be_in_another_precision_but_not_another_base(tmp_path):
     load_adapter_(model, tmp_path / "a")
     other = bert(seed=1)
     expected = logits(other)
-    with pytest.raises(RequestError, match="trained on another base.*any_base=True"):
+    with pytest.raises(RequestError, match=r"trained on another base.*any_base=True"):
         load_adapter_(other, tmp_path / "a")
     assert installed.names(other) == []
     assert logits(other).equal(expected)
     load_adapter_(other, tmp_path / "a", any_base=True)
-    with pytest.raises(RequestError, match='no module "bert.encoder'):
+    with pytest.raises(RequestError, match=r'no module "bert.encoder'):
         load_adapter_(gpt2(), tmp_path / "a", any_base=True)
 
 
@@ -99,21 +99,21 @@ def test_a_fingerprint_does_not_depend_on_what_was_trained_or_merged(tmp_path):
 def test_damaged_files_and_other_places_are_refused(tmp_path):
     model = adapted(bert(), kind="lora")
     save_adapter(model, tmp_path / "a")
-    with pytest.raises(RunError, match="no saved state"):
+    with pytest.raises(RunError, match=r"no saved state"):
         load_adapter_(bert(), tmp_path / "nothing")
     weights = tmp_path / "a" / "tensors.safetensors"
     raw = bytearray(weights.read_bytes())
     raw[-1] ^= 1
     weights.write_bytes(raw)
-    with pytest.raises(RunError, match="damaged"):
+    with pytest.raises(RunError, match=r"damaged"):
         load_adapter_(bert(), tmp_path / "a")
     save_adapter(model, tmp_path / "a")  # over a damaged one of its own
     load_adapter_(bert(), tmp_path / "a")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("keep me")
-    with pytest.raises(RequestError, match="holds something else"):
+    with pytest.raises(RequestError, match=r"holds something else"):
         save_adapter(model, tmp_path / "mine")
-    with pytest.raises(RequestError, match='no adapter "defualt"; did you mean "default"'):
+    with pytest.raises(RequestError, match=r'no adapter "defualt"; did you mean "default"'):
         save_adapter(model, tmp_path / "b", "defualt")
 
 
@@ -122,13 +122,13 @@ def test_a_newer_format_and_other_states_are_refused(tmp_path, monkeypatch):
     from sparing.weights import files
 
     state.save(tmp_path / "state", {"x": 1})
-    with pytest.raises(RequestError, match="holds no adapter"):
+    with pytest.raises(RequestError, match=r"holds no adapter"):
         load_adapter_(bert(), tmp_path / "state")
     model = adapted(bert(), kind="lora")
     with monkeypatch.context() as patch:
         patch.setattr(files, "FORMAT", 2)
         save_adapter(model, tmp_path / "new")
-    with pytest.raises(RunError, match="has format 2.*upgrade"):
+    with pytest.raises(RunError, match=r"has format 2.*upgrade"):
         load_adapter_(bert(), tmp_path / "new")
 
 

@@ -131,7 +131,7 @@ def test_names_that_end_alike_stay_apart(tmp_path):
 def test_only_lora_goes_to_peft(tmp_path):
     model = bert()
     adapt_(model, SparseAdapter(kind="pfeiffer", score="random", width=4))
-    with pytest.raises(RequestError, match='no format for adapters of kind "pfeiffer"'):
+    with pytest.raises(RequestError, match=r'no format for adapters of kind "pfeiffer"'):
         to_peft(model, tmp_path / "p")
     assert not (tmp_path / "p").exists()
 
@@ -159,17 +159,17 @@ def test_missing_damaged_and_foreign_files_are_refused(tmp_path):
     with pytest.raises(RequestError, match=r"holds no adapter_config.json"):
         from_peft_(bert(), tmp_path)
     to_peft(adapted(bert()), tmp_path / "p")
-    with pytest.raises(RequestError, match="does not have|another base"):
+    with pytest.raises(RequestError, match=r"does not have|another base"):
         from_peft_(llama(), tmp_path / "p")
-    with pytest.raises(RequestError, match="does not have|another base"):
+    with pytest.raises(RequestError, match=r"does not have|another base"):
         from_peft_(mlp(), tmp_path / "p")
     raw = (tmp_path / "p" / WEIGHTS).read_bytes()
     (tmp_path / "p" / WEIGHTS).write_bytes(raw[:100])
-    with pytest.raises(RunError, match="damaged"):
+    with pytest.raises(RunError, match=r"damaged"):
         from_peft_(bert(), tmp_path / "p")
     (tmp_path / "p" / WEIGHTS).unlink()
     with pytest.raises(RequestError, match=r"holds no adapter_model.safetensors"):
         from_peft_(bert(), tmp_path / "p")
     (tmp_path / "p" / CONFIG).write_text("{")
-    with pytest.raises(RunError, match="damaged"):
+    with pytest.raises(RunError, match=r"damaged"):
         from_peft_(bert(), tmp_path / "p")

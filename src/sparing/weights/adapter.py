@@ -118,7 +118,7 @@ def adapters(model: nn.Module, name: str) -> dict[str, Adapter]:
     """The parts of the adapter ``name``, by the name of the module that each adapts."""
     found: dict[str, Adapter] = {}
     for path, (_, place) in places(model).items():
-        part = place.adapters[name] if name in place.adapters else None
+        part = dict(place.adapters.items()).get(name)
         if isinstance(part, Adapter):
             found[path] = part
     return found

@@ -182,7 +182,7 @@ def _fill_(
     tree: Mapping[str, Any],
     listed: list[list[Any]],
 ) -> None:
-    """Give the parts the saved masks and values, and the heads theirs; ValueError if they differ."""
+    """Give parts their masks and values, and heads theirs; ValueError if sizes differ."""
     factors = _factors(made)
     total = sum(factor.size for _, factor in factors)
     flags = decode(tree["masks"], (total,))

@@ -63,10 +63,10 @@ def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def trained(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
-    """What an adapter trains while it acts: its values and biases, and its own parts of the base."""
+    """What an adapter trains while it acts: values, biases, and its own parts of the base."""
     found: dict[str, nn.Parameter] = {}
     for path, (module, place) in places(model).items():
-        part = place.adapters[name] if name in place.adapters else None
+        part = dict(place.adapters.items()).get(name)
         if isinstance(part, Own):
             found |= {
                 f"{path}.{own}": parameter
