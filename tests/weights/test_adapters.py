@@ -13,6 +13,8 @@ from torch import nn
 import sparing
 from sparing.core.errors import RequestError, RunError
 from sparing.core.flops import count
+from sparing.core.ledger import Ledger
+from sparing.core.method import Setup, arrange
 from sparing.weights import installed
 from sparing.weights.adapter import places
 from sparing.weights.adapters import SparseAdapter, adapt_
@@ -398,6 +400,113 @@ def test_a_base_in_half_precision_gets_an_adapter_in_float32(kind):
     narrow = adapted(bert().to(torch.bfloat16), kind=kind, dtype="bfloat16")
     adapter = [p for n, p in narrow.named_parameters() if "sparing_adapters" in n]
     assert {p.dtype for p in adapter} == {torch.bfloat16}
+
+
+# ---- where models run ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "family"),
+    [
+        pytest.param(
+            kind, family, marks=[] if (kind, family) == ("mam", "bert") else [pytest.mark.slow]
+        )
+        for kind in KINDS
+        for family in ("bert", "llama")
+    ],
+)
+def test_a_compiled_model_computes_the_same(kind, family):
+    torch._dynamo.reset()
+    model = train_(adapted(FAMILIES[family](), kind=kind), 1)
+    expected = logits(model)
+    whole = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(whole(**batch(model, 5)).logits, expected)
+
+
+@every_kind
+def test_autocast_trains_it(kind):
+    model = adapted(bert(), kind=kind)
+    before = {name: p.detach().clone() for name, p in trained(model).items()}
+    optimizer = torch.optim.AdamW(trained(model).values(), lr=0.01)
+    for step in range(3):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = model(**batch(model, step)).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert all(p.dtype == torch.float32 for p in trained(model).values())
+    assert any(not p.equal(before[name]) for name, p in trained(model).items())
+
+
+def test_the_fused_encoder_of_torch_does_not_pass_adapters_by():
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0).eval()
+    model = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False).eval()
+    x = torch.randn(2, 3, 8)
+    adapt_(model, SparseAdapter(kind="lora", score="random", rank=2))
+    assert sorted(installed.parts(model, "default")) == ["layers.0.linear1", "layers.0.linear2"]
+    for part in installed.parts(model, "default").values():
+        part.b.values.data.normal_()
+    with torch.no_grad():
+        quick = model(x)  # evaluation without gradient is where torch takes the fused way
+    torch.testing.assert_close(quick, model(x).detach())
+    with disabled(model), torch.no_grad():
+        assert not model(x).allclose(quick)
+
+
+# ---- the method ----------------------------------------------------------------------------------
+
+
+def test_the_method_tells_what_it_keeps_and_costs(tmp_path):
+    method = SparseAdapter(kind="lora", keep=0.25, score="random", rank=4)
+    model = bert()
+    everything = sum(p.numel() for p in model.parameters())
+    method.prepare(model, Setup(seed=1))
+    signals, ledger = method.signals(), Ledger()
+    method.account(ledger)
+    assert signals["kept_entries"] == round(0.25 * signals["entries"])
+    assert ledger.spent("parameters") == sum(p.numel() for p in trained(model).values())
+    assert ledger.dense("parameters") == everything
+    assert ledger.spent("active_parameters") == everything + signals["kept_entries"]
+    assert signals["stored_bytes"] < 0.5 * signals["dense_stored_bytes"]
+    method.export(model, tmp_path / "out")
+    for _ in range(2):  # what was written is entered once
+        method.account(ledger)
+    written = sum(file.stat().st_size for file in (tmp_path / "out").iterdir())
+    assert ledger.spent("bytes") == written
+    assert ledger.dense("bytes") == 4 * everything
+    lines = method.touches()
+    assert "keeps" in lines[0]
+    assert f"trains {ledger.spent('parameters'):,} values" in lines[-1]
+    page = method.page(model, [], lambda passage: None)
+    assert sum(entry["kept"] for entry in page["kept"].values()) == signals["kept_entries"]
+    everyone = [{"params": list(model.named_parameters())}]
+    (group,) = method.optimizer(model, everyone)
+    assert dict(group["params"]) == trained(model)
+
+
+def test_its_control_keeps_as_much_at_random():
+    assert SparseAdapter.at_random({"keep": 0.3, "kind": "lora"}, {}) == {
+        "sparse-adapter": {"keep": 0.3, "kind": "lora", "score": "random"}
+    }
+    assert SparseAdapter.at_random({"score": "random"}, {}) is None
+    assert SparseAdapter.at_random({"keep": 1}, {}) is None
+
+
+def test_it_does_not_stand_beside_methods_that_build_anew():
+    from sparing.experts.top_k import TopK
+
+    with pytest.raises(RequestError, match="freeze the base"):
+        arrange([SparseAdapter(), TopK()])
+
+
+def test_data_given_by_on_are_scored_and_copies_of_the_method_keep_them():
+    model = bert()
+    method = SparseAdapter(kind="lora", rank=2).on([batch(model)])
+    copy.deepcopy(method).prepare(model, Setup())
+    assert entries(model)[0] == round(0.6 * entries(model)[1])
+    with pytest.raises(RequestError, match="no data was given"):
+        pickle.loads(pickle.dumps(method)).prepare(bert(), Setup())
 
 
 # ---- requests that cannot be met -----------------------------------------------------------------

@@ -11,7 +11,7 @@ from models import KINDS, SMALL, batch, bert, gpt2, llama, logits, train_
 from sparing.core.errors import RequestError, RunError
 from sparing.weights import installed
 from sparing.weights.adapters import SparseAdapter, adapt_
-from sparing.weights.files import load_adapter_, save_adapter
+from sparing.weights.files import load_adapter_, save_adapter, stored_bytes
 from sparing.weights.switching import disabled, switch_
 
 every_kind = pytest.mark.parametrize("kind", KINDS)
@@ -66,7 +66,10 @@ def test_a_fifth_kept_is_stored_in_little_more_than_a_fifth(dtype, most, tmp_pat
         options = {"targets": "all-linear", "rank": 64, "dtype": dtype}
         adapt_(model, SparseAdapter(kind="lora", keep=keep, score="random", **options))
         save_adapter(model, tmp_path / str(keep))
+        kept, dense = stored_bytes(model)
         sizes[keep] = (tmp_path / str(keep) / "tensors.safetensors").stat().st_size
+        assert 0 <= sizes[keep] - kept < 400  # the header
+    assert kept <= most * dense
     header = 8 + 400  # of a safetensors file
     assert sizes[0.2] - header <= most * sizes[1.0]
 

@@ -122,7 +122,7 @@ def test_the_implementation_comes_back_with_the_last_prefix():
 def test_other_implementations_and_layers_are_refused():
     model = vit()
     model.config._attn_implementation = "flex_attention"
-    with pytest.raises(RequestError, match="sdpa, eager.*flex_attention"):
+    with pytest.raises(RequestError, match=r"sdpa, eager.*flex_attention"):
         adapted(model)
     assert model.config._attn_implementation == "flex_attention"
     with pytest.raises(RequestError, match="cannot tell the heads"):

@@ -18,12 +18,26 @@ from sparing.core.method import Method, ParamGroups, Setup, Signal
 from sparing.weights.adapter import attach_
 from sparing.weights.build import parts as build
 from sparing.weights.build import spots
+from sparing.weights.files import save_adapter, stored_bytes
 from sparing.weights.installed import base_parameters, merged, names, note_of, parts, trained
 from sparing.weights.installing import installing
 from sparing.weights.options import Options, require_name
 from sparing.weights.places import heads
 from sparing.weights.scoring import Loss, choose, compact_, require_finite
 from sparing.weights.switching import switch_
+
+_EXPERTS = (
+    "dynmoe",
+    "top-k",
+    "noisy-top-k",
+    "switch",
+    "sigmoid-top-k",
+    "expert-choice",
+    "random",
+    "hash",
+    "top-p",
+    "relu",
+)
 
 
 @final
@@ -38,6 +52,9 @@ class SparseAdapter(Method):
 
     name: ClassVar[str] = "sparse-adapter"
     Options = Options
+    conflicts: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        _EXPERTS, "adapters freeze the base, and new routers and experts would never be trained"
+    )
     freezes_base: ClassVar[bool] = True
     """The base stays as it was bit for bit, and before training the adapter changes nothing."""
 
@@ -47,6 +64,7 @@ class SparseAdapter(Method):
         self._loss: Loss | None = None
         self._sizes: dict[str, int] = {}
         self._kept: dict[str, tuple[int, int]] = {}
+        self._written = (0, 0)
 
     def __getstate__(self) -> dict[str, Any]:
         # data and loss belong to the program, which no file can hold
@@ -99,7 +117,14 @@ class SparseAdapter(Method):
         base = sum(p.numel() for p in base_parameters(model).values())
         values = sum(p.numel() for part in mine.values() for p in part.parameters())
         own = sum(p.numel() for p in trained(model, self.options.name).values())
-        self._sizes = {"base": base, "values": values, "trained": own}
+        stored, dense = stored_bytes(model, self.options.name)
+        self._sizes = {
+            "base": base,
+            "values": values,
+            "trained": own,
+            "stored": stored,
+            "dense": dense,
+        }
 
     def optimizer(self, model: nn.Module, groups: ParamGroups) -> ParamGroups:
         def is_trained(entry: Any) -> bool:
@@ -124,6 +149,9 @@ class SparseAdapter(Method):
             base = self._sizes["base"]
             ledger.set_level("parameters", spent=self._sizes["trained"], dense=base)
             ledger.set_level("active_parameters", spent=base + self._sizes["values"], dense=base)
+        if any(self._written):
+            ledger.add("bytes", spent=self._written[0], dense=self._written[1])
+            self._written = (0, 0)
 
     def signals(self) -> dict[str, Signal]:
         if not self._sizes:
@@ -135,6 +163,8 @@ class SparseAdapter(Method):
             "adapter_parameters": self._sizes["values"],
             "kept_entries": sum(kept),
             "entries": sum(sizes),
+            "stored_bytes": self._sizes["stored"],
+            "dense_stored_bytes": self._sizes["dense"],
             "kept_share": sum(kept) / max(sum(sizes), 1),
             "kept_shares": [k / max(s, 1) for k, s in zip(kept, sizes, strict=True)],
         }
@@ -144,9 +174,9 @@ class SparseAdapter(Method):
         return {"options": self.to_dict()}
 
     def export(self, model: nn.Module, path: Path) -> None:
-        from sparing.weights.files import save_adapter
-
         save_adapter(model, path, name=self.options.name)
+        whole = sum(p.numel() * p.element_size() for p in base_parameters(model).values())
+        self._written = sum(file.stat().st_size for file in path.iterdir()), whole
 
     def page(self, model: nn.Module, passages: list[dict[str, Any]], read: Any) -> dict[str, Any]:
         kept = {

@@ -104,6 +104,20 @@ def load_adapter_(
     return model
 
 
+def stored_bytes(model: nn.Module, name: str = "default") -> tuple[int, int]:
+    """Bytes of an adapter's values and masks on disk, and of the same adapter without masks.
+
+    Headers and descriptions, which do not grow with the values, are left out.
+    """
+    require(model, name)
+    mine = parts(model, name)
+    values = sum(t.numel() * t.element_size() for t in _tensors(model, mine, name))
+    factors = [factor for _, factor in _factors(mine)]
+    dropped = sum((f.size - f.kept) * f.values.element_size() for f in factors)
+    masks = encode(torch.cat([factor.mask().reshape(-1).cpu() for factor in factors]))
+    return values + masks.numel(), values + dropped
+
+
 def describe(part: Adapter) -> dict[str, Any]:
     """What a file keeps of a part beside its values and masks."""
     return {
