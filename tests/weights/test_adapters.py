@@ -77,10 +77,10 @@ def test_copies_and_pickles_of_a_trained_adapter_compute_the_same(kind):
 
 @every_kind
 @pytest.mark.parametrize("family", ["bert", "gpt2", "vit"])
-@pytest.mark.parametrize("zero_start", [True, False])
-def test_gradients_agree_with_finite_differences(kind, family, zero_start):
+def test_gradients_agree_with_finite_differences(kind, family):
     model = FAMILIES[family]().double()
-    adapted(model, kind=kind, keep=0.4, zero_start=zero_start, train_also=[])
+    # values are drawn below: it matters only for which softmax a prefix shares
+    adapted(model, kind=kind, keep=0.4, zero_start=family != "bert", train_also=[])
     base = model.base_model  # losses and heads of some families go through float32
     parameters = list(trained(model).values())
     generator = torch.Generator().manual_seed(0)
@@ -244,7 +244,7 @@ def test_a_tied_or_overflowing_weight_is_not_merged():
 @pytest.mark.parametrize("kind", ["lora", "pfeiffer", "prefix"])
 @pytest.mark.filterwarnings("ignore:magnitude says nothing:UserWarning")
 def test_counts_are_exact_for_every_score(score, kind):
-    for keep in (0.2, 0.55, 1.0):
+    for keep in (0.55,) if score == "synflow" else (0.2, 0.55, 1.0):  # it takes 100 steps
         model = adapted(bert(), kind=kind, score=score, keep=keep)
         kept, total = entries(model)
         assert kept == round(keep * total)
@@ -405,16 +405,9 @@ def test_a_base_in_half_precision_gets_an_adapter_in_float32(kind):
 # ---- where models run ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("kind", "family"),
-    [
-        pytest.param(
-            kind, family, marks=[] if (kind, family) == ("mam", "bert") else [pytest.mark.slow]
-        )
-        for kind in KINDS
-        for family in ("bert", "llama")
-    ],
-)
+@pytest.mark.slow
+@every_kind
+@pytest.mark.parametrize("family", ["bert", "llama"])
 def test_a_compiled_model_computes_the_same(kind, family):
     torch._dynamo.reset()
     model = train_(adapted(FAMILIES[family](), kind=kind), 1)
