@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparing.core.errors import RequestError
-from sparing.core.select import allocate, choose, choose_mask, weighted_choice
+from sparing.core.select import _kth, allocate, choose, choose_mask, weighted_choice
 
 few_values = st.lists(st.integers(-2, 2).map(float) | st.just(math.inf), min_size=1, max_size=40)
 
@@ -55,6 +55,16 @@ def test_choose_takes_any_dtype(dtype):
     scores = torch.tensor([0, 1, 0, 1, 1]).to(dtype)
     assert choose(scores, 2).tolist() == [1, 3]
     assert choose(scores, 3, largest=False).tolist() == [0, 1, 2]
+
+
+@given(few_values, st.data(), st.sampled_from([torch.float32, torch.float64, torch.int64]))
+def test_the_border_is_the_same_on_every_device(values, data, dtype):
+    # on the CPU it is found by numpy, elsewhere by torch
+    scores = torch.tensor(values).nan_to_num(posinf=9).to(dtype)
+    k = data.draw(st.integers(0, len(values) - 1))
+    found = _kth(scores, k)
+    assert found.dtype == dtype
+    assert found.item() == scores.kthvalue(k + 1).values.item() == scores.sort().values[k].item()
 
 
 def test_choose_keeps_the_count_in_large_ties():

@@ -82,6 +82,17 @@ def test_counts_are_exact_for_every_dtype_and_with_drawn_ties(values, keep, dtyp
         assert not inside or not outside or min(inside) >= max(outside)
 
 
+@given(tensors, keeps, keeps)
+def test_a_smaller_share_is_a_part_of_a_larger_one(values, one, other):
+    small, large = (masks(named(values), keep) for keep in sorted((one, other)))
+    assert all(bool((small[name] <= large[name]).all()) for name in small)
+
+
+def test_ties_go_by_place_in_the_matrix_however_it_lies_in_memory():
+    found = masks({"w": torch.zeros(4, 3).t()}, 0.5)["w"]
+    assert found.tolist() == [[True] * 4, [True] * 2 + [False] * 2, [False] * 4]
+
+
 @given(st.integers(0, 10**6))
 def test_a_tensor_of_ties_only_keeps_its_exact_count(count):
     # the trap: `score <= threshold` removes all of a zero matrix, or nothing of one of NaN

@@ -40,7 +40,7 @@ class Low(nn.Module):
         self.head = normal(CLASSES, OUT)
         self.base.requires_grad_(False)
         self.head.requires_grad_(False)
-        self.calls = 0
+        self.register_buffer("calls", torch.tensor(0))
 
     def forward(self, x: Tensor) -> Tensor:
         self.calls += 1
@@ -215,6 +215,37 @@ def test_batches_of_any_sizes_give_what_one_large_batch_would(name, sizes, zero)
         torch.testing.assert_close(parts[n], whole[n], rtol=1e-5, atol=1e-9)
 
 
+@pytest.mark.parametrize("name", ["snip", "iterative snip", "fisher", "grasp"])
+def test_gradients_too_small_for_half_precision_count(name):
+    # the trap: scored under autocast without scaling, where they are rounded to zero
+    model = Low().half()
+
+    def tiny(model: nn.Module, batch: Any) -> Tensor:
+        return 1e-6 * loss(model, batch)
+
+    found = ALL[name](model, named(model), data(6, dtype=torch.float16), tiny)
+    assert all(float((score != 0).float().mean()) > 0.9 for score in found.values())
+    assert all(bool(score.any()) for score in found.values())
+
+
+def test_a_frozen_matrix_of_the_same_shape_is_never_taken_for_a_factor():
+    # the trap: masks and parameters paired by shape, so that for r == d the base was masked
+    model = Low(rank=OUT)
+    model.base = nn.Parameter(torch.randn(OUT, IN), requires_grad=False)
+    assert model.base.shape == model.A.shape
+    before = model.base.clone()
+    found = snip(model, named(model), data(9, dtype=torch.float32), loss)
+    (of_a,) = torch.autograd.grad(
+        value_at(
+            model, data(9, dtype=torch.float32)[0], A=(A := model.A.detach().requires_grad_())
+        ),
+        A,
+    )
+    torch.testing.assert_close(found["A"], (model.A * of_a).abs().detach())
+    assert model.base.equal(before)
+    assert not model.base.requires_grad
+
+
 def test_batches_may_be_nested_mappings():
     model = Low().double()
     x, y = together(data(5))
@@ -283,17 +314,23 @@ def test_snip_is_the_first_order_change_of_the_loss_when_an_entry_goes():
             assert float(found[n].reshape(-1)[place]) == pytest.approx(abs(slope), abs=1e-8)
 
 
-def test_snip_of_a_zero_factor_is_its_limit():
+@pytest.mark.parametrize("masked", [False, True])
+def test_snip_of_a_zero_factor_is_its_limit(masked):
     model = Low(zero=True).double()
     batch = together(data(20))
-    A, B = (p.detach().clone().requires_grad_() for p in (model.A, model.B))
+    within = {n: torch.ones_like(p, dtype=torch.bool) for n, p in named(model).items()}
+    if masked:
+        within = masks(random(model, named(model), seed=2), 0.6)
+    A = (model.A.detach() * within["A"]).requires_grad_()
+    B = model.B.detach().clone().requires_grad_()
     product = (B @ A).detach().requires_grad_()
     eye = torch.eye(OUT, dtype=torch.float64)
     (of_b,) = torch.autograd.grad(value_at(model, batch, A=A, B=B), B)
+    of_b = of_b * within["B"]
     # dL/d(BA) through a full matrix in place of A, with the identity in place of B
     (of_product,) = torch.autograd.grad(value_at(model, batch, A=product, B=eye), product)
     expected = {"A": (A * (of_b.t() @ of_product)).abs(), "B": of_b.square()}
-    found = snip(model, named(model), [batch], loss)
+    found = snip(model, named(model), [batch], loss, within=within if masked else None)
     for n in found:
         torch.testing.assert_close(
             found[n], (expected[n] / expected[n].mean()).detach(), rtol=2e-3, atol=2e-3
@@ -348,6 +385,19 @@ def test_iterative_snip_is_the_plain_loop(zero, choice):
         scores = snip(model, named(model), batches, loss, within=within, zero=["B"] if zero else [])
         within = masks(scores, 0.25 ** (step / 3), within=within, **choice)
     assert all(found[n].equal(within[n]) for n in within)
+
+
+def test_a_pattern_of_n_in_m_is_one_step():
+    model = Low(rank=4).double()
+    model.A = nn.Parameter(model.A.detach()[:, :4].clone())
+    model.base = nn.Parameter(model.base.detach()[:, :4].clone())
+    batches = [(x[:, :4], y) for x, y in data(9, 4)]
+    steps = iterative_snip(model, named(model), batches, loss, keep=0.5, pattern="2:4")
+    once = snip(model, named(model), batches, loss)
+    kept = [masks(found, 0.5, pattern="2:4") for found in (steps, once)]
+    assert all(kept[0][n].equal(kept[1][n]) for n in once)
+    found = synflow(model, named(model), batches, loss, keep=0.5, pattern="2:4")
+    assert bool((masks(found, 0.5, pattern="2:4")["A"].sum(1) == 2).all())
 
 
 def reference_hessian_product(model: nn.Module, batch: Any) -> dict[str, Tensor]:
@@ -463,6 +513,48 @@ def test_fisher_is_the_mean_square_over_samples():
     assert float(whole["A"].sum()) < float(found["A"].sum())  # signs cancel within a batch
 
 
+def trained_error(keep: dict[str, Tensor] | None, seed: int) -> tuple[float, dict[str, Tensor]]:
+    """Test error of a LoRA on a low-rank change of few inputs and outputs, and SNIP's masks."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    side, rank, count = 24, 6, 300
+    A = nn.Parameter(normal(rank, side) / side**0.5)
+    B = nn.Parameter(torch.zeros(side, rank))
+    few = (torch.rand(2, side, generator=generator) < 0.4).float()
+    change = (normal(side, 2) * few[0][:, None]) @ (normal(2, side) * few[1]) / side**0.5
+    x, held_out = normal(count, side), normal(count, side)
+    model = nn.ParameterDict({"A": A, "B": B})
+
+    def error(model: Any, x: Tensor) -> Tensor:
+        difference = 2 * x @ model["A"].t() @ model["B"].t() - x @ change.t()
+        return difference.square().mean()
+
+    both = {"A": A, "B": B}
+    scored = masks(snip(model, both, [x], error), 0.4)
+    used = keep or scored
+    optimizer = torch.optim.Adam([A, B], lr=0.02)
+    for _ in range(250):
+        with torch.no_grad():
+            for n, parameter in both.items():
+                parameter.mul_(used[n])
+        optimizer.zero_grad()
+        error(model, x).backward()
+        optimizer.step()
+    return float(error(model, held_out).detach()), scored
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_snip_of_a_zero_factor_finds_what_matters(seed):
+    error, scored = trained_error(None, seed)
+    drawn = {n: torch.rand(m.shape, generator=torch.Generator().manual_seed(seed)) for n, m in
+             scored.items()}  # fmt: skip
+    at_random, _ = trained_error(masks(drawn, 0.4), seed)
+    assert error < 0.1 * at_random
+
+
 # ---- wrong requests and warnings ---------------------------------------------------------------
 
 
@@ -474,6 +566,9 @@ def test_what_cannot_be_scored_is_refused(name):
     other = {"X": nn.Parameter(torch.ones(2))}
     with pytest.raises(RequestError, match='"X" is not a parameter of the model'):
         ALL[name](model, other, data(3, dtype=torch.float32), loss)
+    same = {"A": model.A, "again": model.A}
+    with pytest.raises(RequestError, match="two of A, again are one parameter"):
+        ALL[name](model, same, data(3, dtype=torch.float32), loss)
     if not name.startswith("synflow"):
         with pytest.raises(RequestError, match="no batch to score by"):
             ALL[name](model, named(model), [], loss)

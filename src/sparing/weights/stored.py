@@ -1,8 +1,8 @@
 """A mask in few bytes: packed bits, or Golomb-coded gaps where those are fewer.
 
-A record is a header and a body. Header, little-endian, 24 bytes: format (1), how the body is
-coded (0 bits, 1 gaps between kept entries, 2 gaps between dropped ones), two bytes of 0, CRC-32 of
-all else, number of entries, Golomb's parameter m, number of gaps.
+A record is a header and a body. Header, little-endian, 16 bytes: format (1), how the body is
+coded (0 bits, 1 gaps between kept entries, 2 gaps between dropped ones), Golomb's parameter m in
+two bytes, and in four each CRC-32 of all else, number of entries, number of gaps.
 
 The gaps g of n positions are split as g = q m + r (Golomb 1966) and lie in three packed streams,
 each beginning on a byte, so that numpy codes and decodes them without a loop: the quotients in
@@ -25,9 +25,11 @@ from sparing.core.errors import RequestError, RunError
 
 FORMAT = 1
 BITS, KEPT, DROPPED = range(3)
-HEADER = struct.Struct("<BBHIQII")
+HEADER = struct.Struct("<BBHIII")
 LARGEST = 2**32 - 1
 """Entries in one mask."""
+MOST = 2**16 - 1
+"""Golomb's parameter: of gaps that are longer on average the quotients pay a little more."""
 
 Whole = NDArray[np.int64]
 Bytes = NDArray[np.uint8]
@@ -54,10 +56,9 @@ def encode(mask: Tensor) -> Tensor:
         elif gaps.size == 0:
             choices.append((code, 1, 0, np.zeros(0, dtype=np.uint8)))
     code, m, count, body = min(choices, key=lambda choice: choice[3].size)
-    fields = (flags.size, m, count)
-    packed = HEADER.pack(FORMAT, code, 0, 0, *fields)
+    packed = HEADER.pack(FORMAT, code, m, 0, flags.size, count)
     check = zlib.crc32(body.tobytes(), zlib.crc32(packed))
-    head = HEADER.pack(FORMAT, code, 0, check, *fields)
+    head = HEADER.pack(FORMAT, code, m, check, flags.size, count)
     return torch.from_numpy(np.concatenate((np.frombuffer(head, dtype=np.uint8), body)))
 
 
@@ -74,13 +75,13 @@ def decode(record: Tensor, shape: tuple[int, ...] | torch.Size) -> Tensor:
     raw = record.detach().cpu().contiguous().numpy()
     if raw.size < HEADER.size:
         raise _broken(f"{raw.size} bytes are fewer than its header of {HEADER.size}")
-    version, code, pad, check, size, m, count = HEADER.unpack(raw[: HEADER.size].tobytes())
+    version, code, m, check, size, count = HEADER.unpack(raw[: HEADER.size].tobytes())
     if version != FORMAT:
         raise RunError(
             f"the stored mask is of format {version}, this version reads {FORMAT}; update sparing"
         )
     body = raw[HEADER.size :]
-    head = HEADER.pack(version, code, pad, 0, size, m, count)
+    head = HEADER.pack(version, code, m, 0, size, count)
     if zlib.crc32(body.tobytes(), zlib.crc32(head)) != check:
         raise _broken("its checksum does not match")
     if size != math.prod(shape):
@@ -109,7 +110,7 @@ def parameter(count: int, size: int) -> int:
     others = 1 - count / size
     if others <= 0:
         return 1
-    return max(1, math.ceil(-math.log1p(others) / math.log(others)))
+    return min(max(1, math.ceil(-math.log1p(others) / math.log(others))), MOST)
 
 
 def _gaps(places: Whole) -> Whole:

@@ -2,6 +2,9 @@
 
 Each is a function ``(model, named, batches, loss, *, ...) -> {name: scores}``; those in
 ``DATA_FREE`` need no data: of a batch SynFlow uses the shapes only, the others ignore it.
+
+With several ranks all of them call the function together, each with its own batches: gradients are
+summed over them, so that every rank gets the scores of all data and makes the same masks.
 """
 
 from sparing.weights.scores.data_free import magnitude as magnitude

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparing.core.errors import RequestError
 from sparing.weights.masks import require_finite
 from sparing.weights.scores.batches import samples
 from sparing.weights.scores.gradients import (
@@ -16,6 +15,7 @@ from sparing.weights.scores.gradients import (
     Named,
     loss_of,
     mean_gradients,
+    mean_over_ranks,
     normalised,
     step_zeros_,
     zero_factors,
@@ -57,8 +57,6 @@ def fisher(
                     if gradient is not None:
                         total.add_(gradient.square())
                 count += 1
-    if count == 0:
-        raise RequestError("there is no batch to score by; the data is empty")
-    scores = {name: total / count for name, total in sums.items()}
+        scores = mean_over_ranks(sums, count)
     require_finite(scores)
     return normalised(scores) if zeros else scores

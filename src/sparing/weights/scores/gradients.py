@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparing.core import ranks
 from sparing.core.errors import RequestError, RunError
 from sparing.weights.scores.batches import size, widened
 
@@ -25,7 +26,8 @@ def mean_gradients(
 ) -> dict[str, Tensor]:
     """The gradient of the mean loss over all samples: batches weigh by their number of samples.
 
-    So batches of any sizes give what one large batch would, if the loss is a mean over samples.
+    So batches of any sizes give what one large batch would, if the loss is a mean over samples; and
+    so do ranks that each bring their own batches, which all call this together.
     Works inside ``looking``. Raises RequestError for no batch and for a loss that depends on no
     named parameter, RunError for a loss that is not finite.
     """
@@ -41,10 +43,21 @@ def mean_gradients(
             if gradient is not None:
                 total.add_(gradient, alpha=count)
                 reached.add(name)
-    if weight == 0:
-        raise RequestError("there is no batch to score by; the data is empty")
+    means = mean_over_ranks(sums, weight)
     _warn_of_unreached(named, reached)
-    return {name: total / weight for name, total in sums.items()}
+    return means
+
+
+def mean_over_ranks(sums: dict[str, Tensor], weight: int) -> dict[str, Tensor]:
+    """The sums of all ranks, divided by their weight together; one collective.
+
+    Raises RequestError on every rank if no rank had a batch.
+    """
+    total = torch.tensor(weight)
+    ranks.sum_([*sums.values(), total])
+    if int(total) == 0:
+        raise RequestError("there is no batch to score by; the data is empty")
+    return {name: found / int(total) for name, found in sums.items()}
 
 
 def loss_of(model: nn.Module, batch: Any, loss: Loss, number: int) -> Tensor:

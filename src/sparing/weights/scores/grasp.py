@@ -18,6 +18,7 @@ from sparing.weights.scores.gradients import (
     Named,
     loss_of,
     mean_gradients,
+    mean_over_ranks,
     normalised,
     zero_factors,
 )
@@ -90,7 +91,7 @@ def _exact(
         for total, gradient in zip(sums.values(), second, strict=True):
             if gradient is not None:
                 total.add_(gradient, alpha=count)
-    return {name: total / weight for name, total in sums.items()}
+    return mean_over_ranks(sums, weight)
 
 
 def _differences(

@@ -33,7 +33,8 @@ def looking(
     Evaluation mode, because dropout would make the scores a matter of chance and running
     statistics are what the pretrained model works with.
 
-    Raises RequestError if nothing is named, or a named parameter is not one of the model's.
+    Raises RequestError if nothing is named, a named parameter is not one of the model's or has
+    no gradient, or two names are of one parameter.
     """
     if not named:
         raise RequestError("there is nothing to score; name at least one parameter")
@@ -44,6 +45,10 @@ def looking(
         if not parameter.is_floating_point():
             raise RequestError(f'"{name}" is {parameter.dtype}, which has no gradient to score by')
     scored = {id(parameter) for parameter in named.values()}
+    if len(scored) < len(named):
+        raise RequestError(
+            f"two of {', '.join(named)} are one parameter; name each once, so that it has one mask"
+        )
     with ExitStack() as stack:
         stack.callback(set_random_state_, random_state())
         for generator in _generators(batches):

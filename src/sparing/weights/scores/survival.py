@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sparing.core.errors import RequestError
 from sparing.weights.masks import Layers, nested
-from sparing.weights.patterns import Units
+from sparing.weights.patterns import Pattern, Units
 from sparing.weights.scores.gradients import Named
 
 
@@ -27,7 +27,10 @@ def by_survival(
 
     What survives all T steps has its last score, what fell at step t has t - T - 1. So ``masks``
     with the last share and the same scope, pattern, layers and units gives the survivors, exactly.
+    A pattern N:M has no shares but its own, so there it is one step.
     """
+    if Pattern.parse(pattern).kind == "n:m":
+        keeps = keeps[-1:]
     last: dict[str, Tensor] = {}
 
     def noted(within: dict[str, Tensor]) -> dict[str, Tensor]:
