@@ -51,6 +51,17 @@ if TYPE_CHECKING:
     from sparing.samples.schedule import follow as follow
     from sparing.samples.seta import SeTa as SeTa
     from sparing.samples.ucb import UCB as UCB
+    from sparing.weights.adapters import SparseAdapter as SparseAdapter
+    from sparing.weights.adapters import adapt_ as adapt_
+    from sparing.weights.files import load_adapter_ as load_adapter_
+    from sparing.weights.files import save_adapter as save_adapter
+    from sparing.weights.peft import from_peft_ as from_peft_
+    from sparing.weights.peft import to_peft as to_peft
+    from sparing.weights.switching import delete_ as delete_
+    from sparing.weights.switching import disabled as disabled
+    from sparing.weights.switching import merge_ as merge_
+    from sparing.weights.switching import switch_ as switch_
+    from sparing.weights.switching import unmerge_ as unmerge_
 
 __version__ = "0.1.0"
 
@@ -80,23 +91,34 @@ _HOMES = {
     "Setup": "core.method",
     "SigmoidTopK": "experts.sigmoid",
     "SparingError": "core.errors",
+    "SparseAdapter": "weights.adapters",
     "Switch": "experts.switch",
     "TopAny": "experts.top_any",
     "TopK": "experts.top_k",
     "TopP": "experts.top_p",
     "TwoPhase": "samples.gains",
     "UCB": "samples.ucb",
+    "adapt_": "weights.adapters",
     "attach": "hosts.hf",
     "compare": "run.compare.finished",
+    "delete_": "weights.switching",
+    "disabled": "weights.switching",
     "follow": "samples.schedule",
+    "from_peft_": "weights.peft",
     "indexed": "samples.indexed",
     "load": "experts.storage",
+    "load_adapter_": "weights.files",
+    "merge_": "weights.switching",
     "moefy_": "experts.moefy",
     "observe": "experts.statistics",
     "router_loss": "experts.layer",
     "sample_losses": "samples",
     "save": "experts.storage",
+    "save_adapter": "weights.files",
     "statistics": "experts.statistics",
+    "switch_": "weights.switching",
+    "to_peft": "weights.peft",
+    "unmerge_": "weights.switching",
 }
 
 __all__ = [
@@ -126,23 +148,34 @@ __all__ = [
     "Setup",
     "SigmoidTopK",
     "SparingError",
+    "SparseAdapter",
     "Switch",
     "TopAny",
     "TopK",
     "TopP",
     "TwoPhase",
     "__version__",
+    "adapt_",
     "attach",
     "compare",
+    "delete_",
+    "disabled",
     "follow",
+    "from_peft_",
     "indexed",
     "load",
+    "load_adapter_",
+    "merge_",
     "moefy_",
     "observe",
     "router_loss",
     "sample_losses",
     "save",
+    "save_adapter",
     "statistics",
+    "switch_",
+    "to_peft",
+    "unmerge_",
 ]
 
 

@@ -87,6 +87,14 @@ CASES: dict[str, list[dict[str, Any]]] = {
     "gain-proportional": [{}, {"strength": 0.5, "share": 0.6, "rescale": True}],
     "two-phase": [{}, {"strength": 2.0, "rescale": True}],
     "coreset": [{}, {"ratio": 0.3, "hard": False}],
+    "sparse-adapter": [
+        {},
+        {"kind": "lora", "rank": 4, "targets": "all-linear", "keep": 0.3, "scope": "layer"},
+        {"kind": "houlsby", "width": 4, "score": "er", "keep": 0.2},
+        {"kind": "mam", "width": 4, "length": 3, "pattern": "unit", "keep": 0.5},
+        {"kind": "prefix", "length": 3, "zero_start": False, "score": "random"},
+        {"kind": "lora", "rank": 4, "score": "random", "keep": 0.5},
+    ],
 }
 
 
@@ -144,7 +152,13 @@ class Loop:
         self.events: list[dict[str, Any]] = []
         self.order, self.place = torch.arange(SAMPLES), SAMPLES
         self.model = dense()
-        setup = Setup(seed=3, steps=self.clock.steps, world_size=ranks.world_size())
+        setup = Setup(
+            seed=3,
+            steps=self.clock.steps,
+            world_size=ranks.world_size(),
+            batches=lambda: self.data.split(BATCH),
+            loss=lambda model, ids: losses_of(model, ids).mean(),
+        )
         groups: list[dict[str, Any]] = []
         for part in self.methods:
             self.model = part.prepare(self.model, setup)

@@ -97,13 +97,20 @@ class Context:
 @final
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Setup:
-    """What ``prepare`` is told about the run before anything is built."""
+    """What ``prepare`` is told about the run before anything is built.
+
+    ``batches()`` iterates over batches of the training data in a fixed order, without advancing
+    any generator, and ``loss(model, batch)`` is their mean loss, a scalar: for methods that must
+    look at the loss before there is an optimizer. None where the host knows no data or no loss.
+    """
 
     seed: int = 0
     steps: int | None = None
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
     world_size: int = 1
+    batches: Callable[[], Iterable[Batch]] | None = None
+    loss: Callable[[nn.Module, Batch], Tensor] | None = None
 
 
 class Method(abc.ABC):

@@ -181,6 +181,13 @@ METHODS: Final[tuple[Record, ...]] = (
         paper="arXiv 2107.07075",
         card="coreset",
     ),
+    Record(
+        name="sparse-adapter",
+        target="sparing.weights.adapters:SparseAdapter",
+        summary="Trains the entries of an adapter that a score keeps before training; base frozen.",
+        paper="arXiv 2210.04284",
+        card="sparse-adapter",
+    ),
 )
 
 TASKS: Final[tuple[Record, ...]] = (

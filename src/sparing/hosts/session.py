@@ -133,6 +133,8 @@ class Session(Bound):
             dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
             device=str(accelerator.device),
             world_size=accelerator.num_processes,
+            batches=None if losses is None else self._shuffled,
+            loss=None if losses is None else lambda model, batch: losses(model, batch)[0].mean(),
         )
         for method in self.methods:
             model = method.prepare(model, setup)
@@ -399,6 +401,20 @@ class Session(Bound):
         mean = torch.stack(found).mean()
         ranks.mean_([mean])
         return mean
+
+    def _shuffled(self) -> Iterator[Any]:
+        """This rank's batches in an order drawn by the seed, for methods that look at losses."""
+        order = torch.randperm(len(self.data), generator=torch.Generator().manual_seed(self.seed))
+        for batch, _ in loading.batches(
+            self.data,
+            Plan(order),
+            batch_size=self.batch_size,
+            rank=int(self.accelerator.process_index),
+            world=int(self.accelerator.num_processes),
+            collate=self._collate,
+            seed=self.seed,
+        ):
+            yield batch
 
     def _dry_run(self, model: nn.Module) -> None:
         def first(methods: list[Method]) -> tuple[Any, Context]:
