@@ -51,7 +51,8 @@ class TextClassifier(nn.Module):
         """
         outputs = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **more)
         states: Tensor = outputs.last_hidden_state  # (B, S, d)
-        logits: Tensor = self.classifier(self.dropout(mean(states, attention_mask)))
+        found = self.dropout(mean(states, attention_mask)).to(self.classifier.weight.dtype)
+        logits: Tensor = self.classifier(found)
         loss = None if labels is None else F.cross_entropy(logits.float(), labels)
         return SequenceClassifierOutput(loss=loss, logits=logits)
 
@@ -59,9 +60,10 @@ class TextClassifier(nn.Module):
 def mean(states: Tensor, mask: Tensor | None) -> Tensor:
     """The mean of ``states`` (B, S, d) over the places where ``mask`` (B, S) is 1: (B, d).
 
-    In float32 whatever the states are: a sum over many tokens loses digits in bf16.
+    In float32 at least: a sum over many tokens loses digits in bf16.
     """
+    states = states.to(torch.promote_types(states.dtype, torch.float32))
     if mask is None:
-        return states.float().mean(1)
-    real = mask.unsqueeze(-1).to(torch.float32)  # (B, S, 1)
-    return (states.float() * real).sum(1) / real.sum(1).clamp(min=1)
+        return states.mean(1)
+    real = mask.unsqueeze(-1).to(states.dtype)  # (B, S, 1)
+    return (states * real).sum(1) / real.sum(1).clamp(min=1)

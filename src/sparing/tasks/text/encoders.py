@@ -75,7 +75,8 @@ def tokens(path: Path | None, texts: Sequence[str], max_length: int) -> Tokens:
         )
     rows = made(list(texts), truncation=True, max_length=max_length)["input_ids"]
     # where there is no padding token any id will do: it is masked
-    return Tokens.of(rows, PAD if made.pad_token_id is None else made.pad_token_id)
+    pad = PAD if made.pad_token_id is None else made.pad_token_id
+    return Tokens.of(rows, pad=pad, most=max_length)
 
 
 def build(path: Path | None, max_length: int) -> nn.Module:
@@ -128,7 +129,7 @@ def _config(path: Path) -> Any:
 
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # the libraries below have no common one for what does not fit
         raise RequestError(
             f"config.json in {path} cannot be read ({_first_line(error)}); put the encoder's own "
             "file there"

@@ -1,13 +1,10 @@
 """What simple known methods reach on the same texts: words in, no network.
 
-``most frequent class``
-    The class that most training texts have, for every text.
 ``naive Bayes``
     Multinomial naive Bayes over words, one imagined word of each kind added to each class
     (McCallum and Nigam 1998, A Comparison of Event Models for Naive Bayes Text Classification).
-``linear on words``
-    Logistic regression on the words that a text has, their weights penalised by half their
-    squared norm over the number of training texts.
+``most frequent class``
+    The class that most training texts have, for every text.
 """
 
 from __future__ import annotations
@@ -50,7 +47,6 @@ def measure(train: Labelled, held_out: Labelled, classes: tuple[str, ...]) -> Sc
     """As ``references``, without the cache."""
     known, asked = words(train.texts, held_out.texts)
     found = {
-        "linear on words": linear(known, train.labels, asked, len(classes)),
         "naive Bayes": naive_bayes(known, train.labels, asked, len(classes)),
         "most frequent class": torch.bincount(train.labels).argmax().expand(len(held_out)),
     }
@@ -97,38 +93,6 @@ def naive_bayes(known: Tensor, labels: Tensor, asked: Tensor, classes: int) -> T
     prior = member.mean(0).log()
     scores: Tensor = torch.sparse.mm(asked.double(), (counts / counts.sum(0)).log()) + prior
     return scores.argmax(1)
-
-
-def linear(known: Tensor, labels: Tensor, asked: Tensor, classes: int) -> Tensor:
-    """Logistic regression on which words are there, by L-BFGS; shapes as above."""
-    has, wanted = _present(known), _present(asked)
-    weight = torch.zeros(known.shape[1], classes, dtype=torch.float64, requires_grad=True)
-    bias = torch.zeros(classes, dtype=torch.float64, requires_grad=True)
-    rule = torch.optim.LBFGS(
-        [weight, bias], max_iter=60, line_search_fn="strong_wolfe", history_size=5
-    )
-
-    def loss() -> Tensor:
-        rule.zero_grad()
-        error = F.cross_entropy(torch.sparse.mm(has, weight) + bias, labels)
-        total = error + weight.square().sum() / (2 * len(labels))
-        total.backward()  # type: ignore[no-untyped-call]
-        return total
-
-    with torch.enable_grad():
-        rule.step(loss)  # type: ignore[no-untyped-call]
-    scores: Tensor = torch.sparse.mm(wanted, weight.detach()) + bias.detach()
-    return scores.argmax(1)
-
-
-def _present(counts: Tensor) -> Tensor:
-    """Ones where a word is, in rows of length 1, so that a long text weighs no more."""
-    ones = torch.ones_like(counts.values(), dtype=torch.float64)
-    size = torch.zeros(counts.shape[0], dtype=torch.float64)
-    size.index_add_(0, counts.indices()[0], ones)
-    values = ones / size[counts.indices()[0]].sqrt()
-    made = torch.sparse_coo_tensor(counts.indices(), values, counts.shape, check_invariants=True)
-    return made.coalesce()
 
 
 def _read(path: Path, wanted: set[str]) -> Scores | None:

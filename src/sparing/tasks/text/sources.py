@@ -23,7 +23,7 @@ FOLDER: Final = "text-classification"
 PASSAGES: Final = {"shakespeare": "Shakespeare", "gsm8k": "maths problem", "python": "Python"}
 PASSAGE: Final = 24
 """Characters of a passage: so few that some tell nothing of their source."""
-PER_SOURCE: Final = 1000
+PER_SOURCE: Final = 2000
 
 
 @final

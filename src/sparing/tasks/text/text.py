@@ -188,7 +188,8 @@ class Text:
         _, held_out = self._ready()
         count = min(_LOOKED_AT, len(held_out))
         index = torch.arange(count) * len(held_out) // count
-        sure, guess = self._logits(model, held_out, index).softmax(1).max(1)
+        # in float64, where many that it is sure of are not all 1
+        sure, guess = self._logits(model, held_out, index).double().softmax(1).max(1)
         wrong = (guess != held_out.data.labels[index]).nonzero().flatten()
         worst = wrong[sure[wrong].argsort(descending=True, stable=True)][:_SHOWN]
         group = {

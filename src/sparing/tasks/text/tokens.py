@@ -23,20 +23,21 @@ BYTE_VOCABULARY: Final = _FIRST_BYTE + 256
 class Tokens:
     """``flat``: the ids of all texts on end, int32; text i is ``flat[ends[i-1]:ends[i]]``.
 
-    ``pad``: the id that fills up a batch.
+    ``pad``: the id that fills up a batch. ``most``: what a batch is padded to at most.
     """
 
     flat: Tensor
     lengths: Tensor
     pad: int
+    most: int
 
     @classmethod
-    def of(cls, rows: Iterable[Sequence[int]], pad: int) -> Tokens:
-        """From one list of ids for each text."""
+    def of(cls, rows: Iterable[Sequence[int]], *, pad: int, most: int) -> Tokens:
+        """From one list of ids for each text, none longer than ``most``."""
         parts = [np.asarray(row, dtype=np.int32) for row in rows]
         flat = np.concatenate(parts) if parts else np.zeros(0, dtype=np.int32)
         lengths = torch.tensor([len(part) for part in parts], dtype=torch.int64)
-        return cls(torch.from_numpy(flat), lengths, pad)
+        return cls(torch.from_numpy(flat), lengths, pad, most)
 
     def __len__(self) -> int:
         return int(self.lengths.numel())
@@ -44,11 +45,12 @@ class Tokens:
     def batch(self, index: Tensor) -> dict[str, Tensor]:
         """``index`` (B,) -> ``input_ids`` and ``attention_mask``, (B, S) int64 each.
 
-        S is the longest text's length, rounded up to a multiple of ``MULTIPLE``.
+        S is the longest text's length, rounded up to a multiple of ``MULTIPLE``, but not beyond
+        ``most``: an encoder has no positions there.
         """
         lengths = self.lengths[index]  # (B,)
         longest = int(lengths.max()) if len(lengths) else 0
-        places = torch.arange(-(-longest // MULTIPLE) * MULTIPLE)  # (S,)
+        places = torch.arange(min(-(-longest // MULTIPLE) * MULTIPLE, self.most))  # (S,)
         mask = places < lengths.unsqueeze(1)  # (B, S)
         starts = (self.lengths.cumsum(0) - self.lengths)[index]
         ids = torch.full(mask.shape, self.pad, dtype=torch.int64)
@@ -62,4 +64,4 @@ def of_bytes(texts: Sequence[str], max_length: int) -> Tokens:
         [_BEGIN, *(byte + _FIRST_BYTE for byte in text.encode()[: max_length - 1])]
         for text in texts
     )
-    return Tokens.of(rows, PAD)
+    return Tokens.of(rows, pad=PAD, most=max_length)
