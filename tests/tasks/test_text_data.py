@@ -5,7 +5,10 @@ from __future__ import annotations
 import csv
 import io
 import lzma
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparing.core.errors import RequestError
+from sparing.run import recipe
+from sparing.run.runner import planned_steps
 from sparing.tasks.language import corpus
 from sparing.tasks.text import Text, encoders, sources
 from sparing.tasks.text.split import DEVELOPMENT, TEST, same, split
@@ -184,3 +189,25 @@ def test_a_tokenizers_marks_are_kept_when_texts_are_cut(tmp_path):
     expected = ["[CLS]", "the", "a", "[SEP]"], ["[CLS]", "how", "[SEP]"], ["[CLS]", "[SEP]"]
     assert tokens.lengths.tolist() == [4, 3, 2]
     assert tokens.flat.tolist() == [WORDS.index(word) for row in expected for word in row]
+
+
+# ---- the recipe ----------------------------------------------------------------------------------
+
+
+def test_the_recipe_runs_on_what_is_shipped_and_its_preset_on_news():
+    assert recipe.load("adapters-text", smoke=False).task["dataset"] == "passages"
+    news = recipe.load("adapters-text", preset="agnews", smoke=False)
+    assert (news.task["dataset"], news.task["encoder"]) == ("agnews", "minilm")
+    # a text of AG News has 50 tokens on average where 64 are read at most
+    assert planned_steps(news, SimpleNamespace(tokens_per_sample=50)) == 200
+    small = recipe.load("adapters-text", preset="agnews", smoke=True)
+    assert (small.task["dataset"], small.task["encoder"]) == ("passages", "tiny")
+
+
+def test_the_task_is_known_without_transformers():
+    told = subprocess.run(
+        [sys.executable, "-c", "import sys; from sparing.core import registry\n"
+         "registry.task('text').Options(); assert 'transformers' not in sys.modules"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert told.returncode == 0, told.stderr
