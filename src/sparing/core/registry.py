@@ -202,6 +202,12 @@ TASKS: Final[tuple[Record, ...]] = (
         target="sparing.tasks.vision:Vision",
         summary="Image classification on Fashion-MNIST, a part of it that is shipped, or CIFAR-10.",
     ),
+    Record(
+        name="text",
+        target="sparing.tasks.text:Text",
+        summary="Text classification with an encoder: passages by source, or AG News.",
+        extras=("hf",),
+    ),
 )
 
 OPTIMIZERS: Final[tuple[Record, ...]] = (

