@@ -80,7 +80,7 @@ def check(arms: Mapping[str, Arm], compared: Compared | None) -> None:
     """Raise RequestError for arms that cannot be asked for, or name arms which are not there."""
     for name, arm in arms.items():
         if "," in name:
-            raise RequestError(f'an arm\'s name has no comma, which --arms parts names by: "{name}"')
+            raise RequestError(f'an arm has a comma in its name, by which --arms parts: "{name}"')
         if arm.match is None:
             continue
         where = f"arm in arms.{name}.match.to"

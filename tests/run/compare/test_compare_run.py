@@ -457,7 +457,7 @@ def test_wrong_requests_run_nothing(recipe, tmp_path, options, message):
             {"arms": {"plain": {"match": {"key": "task.width", "to": "wise"}}, "wide": {}}},
             'arms.plain.match.to "wise"; did you mean "wide"?',
         ),
-        ({"arms": {"plain": {}, "wide": {}, "wide, too": {}}}, 'has no comma.*"wide, too"'),
+        ({"arms": {"plain": {}, "wide": {}, "a, b": {}}}, 'has a comma in its name.*"a, b"'),
         (
             {"arms": {"plain": {}, "wide": {}, "Plain!": {}}, "n": 3},
             'two arms would share the directory "plain"',
