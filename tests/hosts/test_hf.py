@@ -392,6 +392,30 @@ def test_experts_adapt_in_the_trainer_beside_pruning(tmp_path):
     assert attached.clock.tokens == account.spent("tokens") == account.spent("samples") * 8
 
 
+def test_sparse_adapters_are_scored_by_the_data_and_loss_of_the_trainer(tmp_path):
+    def adapter() -> sparing.SparseAdapter:
+        return sparing.SparseAdapter(kind="lora", score="snip", keep=0.5, batches=2)
+
+    made = trainer(tmp_path / "a", llama(), Sentences(), num_train_epochs=1)
+    before = {name: p.detach().clone() for name, p in made.model.named_parameters()}
+    attached = sparing.attach(made, [adapter()])
+    chosen = attached.signals()["sparse-adapter"]
+    assert chosen["kept_entries"] == round(0.5 * chosen["entries"])
+    trained = {name for name, p in made.model.named_parameters() if p.requires_grad}
+    assert trained
+    assert not trained & set(before)
+    made.train()
+    after = dict(made.model.named_parameters())
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert attached.account().spent("parameters") == chosen["trained_parameters"]
+    # the same masks as by hand, on the same batches and loss
+    model = llama()
+    batches = list(attached._shuffled())[:2]
+    sparing.adapt_(model, adapter(), batches, lambda m, b: m(**b).loss, seed=made.args.seed)
+    kept = {name: p.shape for name, p in model.named_parameters() if p.requires_grad}
+    assert kept == {name: after[name].shape for name in trained}
+
+
 def test_the_dry_run_leaves_no_trace_and_finds_what_fails(tmp_path):
     class Broken(Recorder):
         def grads(self, named_parameters: Any, context: Any) -> None:

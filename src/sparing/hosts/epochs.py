@@ -161,6 +161,20 @@ class Epochs:
         )
         yield from source
 
+    def shuffled(self, data: Any, *, by: int, **loader: Any) -> Iterator[Any]:
+        """This rank's batches in an order drawn by the seed ``by``, for a look at losses."""
+        order = torch.randperm(self.size, generator=torch.Generator().manual_seed(by))
+        alone = self.geometry.world == 1
+        for batch, _ in loading.batches(
+            data,
+            Plan(order),
+            batch_size=self.geometry.batch_size,
+            rank=0 if alone else ranks.rank(),
+            world=self.geometry.world,
+            **loader,
+        ):
+            yield batch
+
     def tell(self) -> None:
         """Set the clock's place in the epoch, in optimizer steps."""
         whole = self.geometry.steps(self.geometry.micro_batches(len(self._current)))

@@ -148,6 +148,8 @@ class Attached(Host):
             dtype=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32,
             device=str(args.device),
             world_size=self._world,
+            batches=self._shuffled,
+            loss=lambda model, batch: self._try(model, batch)[0].mean(),
         )
         model = trainer.model
         for method in self.methods:
@@ -170,22 +172,28 @@ class Attached(Host):
             batch = loading.to_device(self._mapping(batch), self.trainer.args.device)
             return self._prepared(methods, batch, context), context
 
-        def losses(model: nn.Module, batch: Any) -> tuple[Tensor, Any]:
-            with self.trainer.accelerator.autocast():
-                if not self._own_loss:
-                    return self._losses(model, batch)
-                loss, outputs = self.trainer.compute_loss(model, dict(batch), return_outputs=True)
-                return loss.mean().expand(loading.rows(batch)), outputs
-
         rehearse(
             self.trainer.model,
             self.methods,
             clock=self.clock,
             bound=bound,
             first=first,
-            losses=losses,
+            losses=self._try,
             device=self.trainer.args.device,
         )
+
+    def _try(self, model: nn.Module, batch: Any) -> tuple[Tensor, Any]:
+        """Losses and outputs before the trainer's own ways are taken over."""
+        with self.trainer.accelerator.autocast():
+            if not self._own_loss:
+                return self._losses(model, batch)
+            loss, outputs = self.trainer.compute_loss(model, dict(batch), return_outputs=True)
+            return loss.mean().expand(loading.rows(batch)), outputs
+
+    def _shuffled(self) -> Iterator[Any]:
+        reading = self._reading(workers=0)
+        for batch in self.epochs.shuffled(by=self.trainer.args.seed, **reading):
+            yield self._mapping(batch)
 
     def _install(self) -> None:
         """Put this object's methods before the trainer's, which stay reachable in ``_plain``."""

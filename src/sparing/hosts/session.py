@@ -403,18 +403,7 @@ class Session(Bound):
         return mean
 
     def _shuffled(self) -> Iterator[Any]:
-        """This rank's batches in an order drawn by the seed, for methods that look at losses."""
-        order = torch.randperm(len(self.data), generator=torch.Generator().manual_seed(self.seed))
-        for batch, _ in loading.batches(
-            self.data,
-            Plan(order),
-            batch_size=self.batch_size,
-            rank=int(self.accelerator.process_index),
-            world=int(self.accelerator.num_processes),
-            collate=self._collate,
-            seed=self.seed,
-        ):
-            yield batch
+        return self.epochs.shuffled(self.data, by=self.seed, collate=self._collate, seed=self.seed)
 
     def _dry_run(self, model: nn.Module) -> None:
         def first(methods: list[Method]) -> tuple[Any, Context]:

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparing.core import ranks
 from sparing.core.errors import RequestError, RunError
 from sparing.core.random_state import random_state, set_random_state_
 from sparing.weights import scores
@@ -97,8 +96,6 @@ def _scores(
         found = scores.grasp(model, named, batches, loss)
     else:
         found = scores.fisher(model, named, batches, loss)
-    # each rank scored its own data; the mean is the same on all of them
-    ranks.mean_(list(found.values()))
     return found
 
 
@@ -110,7 +107,7 @@ def drawn(model: nn.Module, data: Iterable[Any] | None, count: int, score: str) 
     if data is None:
         raise RequestError(
             f'the score "{score}" looks at the loss of some batches, and no data was given; give '
-            f"adapt_(model, method, data=loader), in a session or trainer method.on(loader), or "
+            f"adapt_(model, method, data=loader), losses= to a session, or method.on(loader); or "
             f"choose one that needs no data: {', '.join(DATA_FREE)}"
         )
     if isinstance(data, Sized) and len(data) == 0:
