@@ -382,3 +382,24 @@ def test_experts_change_at_the_step_of_their_event(tmp_path: Path) -> None:
     ((x, y, shape, text),) = card["experts"].marks
     assert (x, y, shape) == (85.71, 40.48, "down")
     assert text == "step 24: expert removed (expert 0)"
+
+
+def test_matrices_are_shown_with_the_part_of_them_that_exists(tmp_path: Path) -> None:
+    path = make(tmp_path / "run")
+    assert "Which parameters it trained" not in page(path).text
+    kept = {
+        "base.layers.0.fc.down": {"shape": [2, 4], "kept": 3, "grid": [[1, 0], [0.5, 0.0]]},
+        "base.layers.1.fc.<up>": {"shape": [4, 2], "kept": 5, "grid": []},
+        "broken": "not a matrix",
+    }
+    edit(path / "page.json", kept=kept)
+    found = page(path)
+    assert "Of 16 entries of the adapter's matrices 8 exist and were trained (50" in found.text
+    assert "base.layers.1.fc.<up>" in found.text  # names with nothing in common stay whole
+    del kept["broken"]
+    edit(path / "page.json", kept=kept)
+    found = page(path)
+    assert "1.fc.<up>" in found.text
+    assert "base.layers" not in found.text
+    cells = [attrs["class"] for tag, attrs in found.tags if tag == "i" and "class" in attrs]
+    assert [c for c in cells if c in ("r0", "r4", "r8")][-4:] == ["r8", "r0", "r4", "r0"]

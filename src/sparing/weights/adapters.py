@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self, final
 
+import torch.nn.functional as F
 from torch import nn
 
 from sparing.core.errors import RequestError
@@ -18,6 +19,7 @@ from sparing.core.method import Method, ParamGroups, Setup, Signal
 from sparing.weights.adapter import attach_
 from sparing.weights.build import parts as build
 from sparing.weights.build import spots
+from sparing.weights.factor import Factor
 from sparing.weights.files import save_adapter, stored_bytes
 from sparing.weights.installed import base_parameters, merged, names, note_of, parts, trained
 from sparing.weights.installing import installing
@@ -25,6 +27,9 @@ from sparing.weights.options import Options, require_name
 from sparing.weights.places import heads
 from sparing.weights.scoring import Loss, choose, compact_, require_finite
 from sparing.weights.switching import switch_
+
+_CELLS = (8, 48)
+"""Rows and columns of the picture of a mask, at most."""
 
 _EXPERTS = (
     "dynmoe",
@@ -179,8 +184,13 @@ class SparseAdapter(Method):
         self._written = sum(file.stat().st_size for file in path.iterdir()), whole
 
     def page(self, model: nn.Module, passages: list[dict[str, Any]], read: Any) -> dict[str, Any]:
+        """``kept``: by matrix its shape, how many entries exist, and where, coarsely."""
         kept = {
-            f"{path}.{name}": {"shape": list(factor.shape), "kept": factor.kept}
+            f"{path}.{name}": {
+                "shape": list(factor.shape),
+                "kept": factor.kept,
+                "grid": _grid(factor),
+            }
             for path, part in parts(model, self.options.name).items()
             for name, factor in part.named_factors()
         }
@@ -230,6 +240,15 @@ def adapt_(
         compact_(made, choose(model, made, options, data, loss, seed), options.pattern)
         require_finite(made)
     return model
+
+
+def _grid(factor: Factor) -> list[list[float]]:
+    """The share of entries that exist, in a grid of at most 8 by 48 cells, lying."""
+    mask = factor.mask().float().cpu()
+    mask = mask if mask.shape[0] <= mask.shape[1] else mask.t()
+    cells = min(mask.shape[0], _CELLS[0]), min(mask.shape[1], _CELLS[1])
+    shares = F.adaptive_avg_pool2d(mask[None], cells)[0]
+    return [[round(share, 2) for share in row] for row in shares.tolist()]
 
 
 def _inside(path: str, owned: tuple[str, ...]) -> bool:

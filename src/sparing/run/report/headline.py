@@ -53,6 +53,9 @@ def lead(run: Run) -> str:
     subject = f"The recipe {recipe}" if recipe else "This run"
     parameters = run.ledger("parameters")
     model = f"a model of {words.count(parameters[0])} parameters" if parameters else "a model"
+    if parameters and parameters[0] < parameters[1]:
+        trained, whole = (words.count(amount) for amount in parameters)
+        model = f"{trained} parameters in a model of {whole}"
     methods = [
         str(name) for name in run.summary.get("methods") or _recipe(run).get("methods") or []
     ]
