@@ -15,7 +15,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 $(VENV)/.dev: $(VENV)/.installed
 	$(INSTALL) "build>=1.2" "hatchling>=1.25" "hypothesis>=6.100" "import-linter>=2.1" "mypy>=1.13" \
-		"pytest>=8.3" "ruff>=0.9" "types-PyYAML>=6.0"
+		"peft>=0.17" "pytest>=8.3" "ruff>=0.9" "types-PyYAML>=6.0"
 	# kernels are tested in its interpreter, which Linux has; it brings no other package
 	[ "$$(uname)" != Linux ] || $(INSTALL) --no-deps "triton>=3.4"
 	touch $@
