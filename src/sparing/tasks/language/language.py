@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn, final
+from typing import Any, ClassVar, final
 
 import torch
 import torch.nn.functional as F
@@ -20,23 +20,10 @@ from sparing.tasks.language import corpus, reference
 from sparing.tasks.language.dataset import Windows, held_out_windows, passages
 from sparing.tasks.language.options import BYTES, LanguageOptions
 from sparing.tasks.language.sample import sample
+from sparing.tasks.unprepared import Unprepared
 
 _PROMPT_BYTES = 48
 _SHOWN_BYTES = 160
-
-
-@final
-class _NotPrepared:
-    """Stands in for data until ``prepare`` has loaded it."""
-
-    def _refuse(self) -> NoReturn:
-        raise RequestError("the language task has no data yet; call prepare(seed) first")
-
-    def __len__(self) -> int:
-        self._refuse()
-
-    def batch(self, index: Tensor) -> NoReturn:
-        self._refuse()
 
 
 @final
@@ -67,7 +54,7 @@ class Language:
         self.domains: tuple[str, ...] = self.options.domains
         self.tokens_per_sample: int = self.options.seq_len
         self.fingerprint: str = ""
-        self.train: Samples = _NotPrepared()
+        self.train: Samples = Unprepared("language")
         self._windows: Windows | None = None
         self._texts: dict[str, corpus.Split] = {}
         self._held_out: dict[str, tuple[Tensor, Tensor]] = {}

@@ -9,22 +9,16 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
-from contextlib import suppress
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparing.core.cache import cache_folder
-from sparing.core.errors import RunError
-from sparing.core.state import atomic_write_json
+from sparing.tasks import figures
+from sparing.tasks.figures import Scores
 from sparing.tasks.text.sources import Labelled
-
-Scores = dict[str, dict[str, float]]
 
 _PROTOCOL = 1  # raise it whenever the figures would change for the same data
 _WORD = re.compile(r"\w+|[^\w\s]")
@@ -34,13 +28,10 @@ def references(
     train: Labelled, held_out: Labelled, classes: tuple[str, ...], fingerprint: str
 ) -> Scores:
     """Accuracy in percent by method, then by class and ``"mean"``; kept in the user's cache."""
-    path = cache_folder() / f"text-{_PROTOCOL}-{fingerprint[:32]}.json"
-    kept = _read(path, {*classes, "mean"})
-    if kept is None:
-        kept = measure(train, held_out, classes)
-        with suppress(RunError):  # a cache that cannot be written only costs the seconds next time
-            atomic_write_json(path, kept)
-    return kept
+    name = f"text-{_PROTOCOL}"
+    return figures.kept(
+        name, fingerprint, {*classes, "mean"}, lambda: measure(train, held_out, classes)
+    )
 
 
 def measure(train: Labelled, held_out: Labelled, classes: tuple[str, ...]) -> Scores:
@@ -93,16 +84,3 @@ def naive_bayes(known: Tensor, labels: Tensor, asked: Tensor, classes: int) -> T
     prior = member.mean(0).log()
     scores: Tensor = torch.sparse.mm(asked.double(), (counts / counts.sum(0)).log()) + prior
     return scores.argmax(1)
-
-
-def _read(path: Path, wanted: set[str]) -> Scores | None:
-    """What the cache holds, if it is whole and of the right form."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        scores = {
-            str(method): {str(name): float(value) for name, value in row.items()}
-            for method, row in found.items()
-        }
-    except (OSError, ValueError, TypeError, AttributeError):
-        return None
-    return scores if scores and all(set(row) == wanted for row in scores.values()) else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn, final
+from typing import Any, ClassVar, final
 
 import torch
 import torch.nn.functional as F
@@ -18,25 +18,12 @@ from sparing.tasks.text import encoders, reference, sources
 from sparing.tasks.text.dataset import Texts
 from sparing.tasks.text.options import TextOptions
 from sparing.tasks.text.split import split
+from sparing.tasks.unprepared import Unprepared
 
 _SHOWN = 8
 _SHOWN_CHARACTERS = 240
 _LOOKED_AT = 500
 """Held-out texts that the page chooses from: reading them takes as long as evaluating them."""
-
-
-@final
-class _NotPrepared:
-    """Stands in for data until ``prepare`` has loaded it."""
-
-    def _refuse(self) -> NoReturn:
-        raise RequestError("the text task has no data yet; call prepare(seed) first")
-
-    def __len__(self) -> int:
-        self._refuse()
-
-    def batch(self, index: Tensor) -> NoReturn:
-        self._refuse()
 
 
 @final
@@ -68,7 +55,7 @@ class Text:
         self.domains: tuple[str, ...] = ()
         self.fingerprint: str = ""
         self.tokens_per_sample: int = 1
-        self.train: Samples = _NotPrepared()
+        self.train: Samples = Unprepared("text")
         self.remark = ""
         self._folder: Path | None = None
         self._texts: Texts | None = None

@@ -12,19 +12,12 @@
 
 from __future__ import annotations
 
-import json
-from contextlib import suppress
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
-from sparing.core.cache import cache_folder
-from sparing.core.errors import RunError
-from sparing.core.state import atomic_write_json
+from sparing.tasks import figures
+from sparing.tasks.figures import Scores
 from sparing.tasks.vision.dataset import Labelled
-
-Scores = dict[str, dict[str, float]]
 
 _PROTOCOL = 1  # raise it whenever the figures would change for the same data
 NEIGHBOURS = 5
@@ -35,13 +28,10 @@ def references(
     train: Labelled, held_out: Labelled, classes: tuple[str, ...], fingerprint: str
 ) -> Scores:
     """Accuracy in percent by method, then by class and ``"mean"``; kept in the user's cache."""
-    path = cache_folder() / f"vision-{_PROTOCOL}-{fingerprint[:32]}.json"
-    kept = _read(path, {*classes, "mean"})
-    if kept is None:
-        kept = measure(train, held_out, classes)
-        with suppress(RunError):  # a cache that cannot be written only costs the seconds next time
-            atomic_write_json(path, kept)
-    return kept
+    name = f"vision-{_PROTOCOL}"
+    return figures.kept(
+        name, fingerprint, {*classes, "mean"}, lambda: measure(train, held_out, classes)
+    )
 
 
 def measure(train: Labelled, held_out: Labelled, classes: tuple[str, ...]) -> Scores:
@@ -100,16 +90,3 @@ def neighbours(known: Tensor, labels: Tensor, asked: Tensor, classes: int) -> Te
         weight = 1 + torch.arange(near.shape[1], 0, -1) * 1e-3
         found.append(votes.scatter_add_(1, near, weight.expand(near.shape)).argmax(1))
     return torch.cat(found)
-
-
-def _read(path: Path, wanted: set[str]) -> Scores | None:
-    """What the cache holds, if it is whole and of the right form."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        scores = {
-            str(method): {str(name): float(value) for name, value in row.items()}
-            for method, row in found.items()
-        }
-    except (OSError, ValueError, TypeError, AttributeError):
-        return None
-    return scores if scores and all(set(row) == wanted for row in scores.values()) else None

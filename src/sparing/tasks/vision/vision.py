@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn, final
+from typing import Any, ClassVar, final
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ from sparing.core.errors import RequestError, nearest
 from sparing.core.modes import evaluating
 from sparing.core.state import atomic_save, atomic_write_json, replacing
 from sparing.core.task import Samples
+from sparing.tasks.unprepared import Unprepared
 from sparing.tasks.vision import reference, sources
 from sparing.tasks.vision.dataset import Images, Labelled, development
 from sparing.tasks.vision.network import ResNet
@@ -22,20 +23,6 @@ from sparing.tasks.vision.options import VisionOptions
 from sparing.tasks.vision.picture import data_uri
 
 _SHOWN = 16
-
-
-@final
-class _NotPrepared:
-    """Stands in for data until ``prepare`` has loaded it."""
-
-    def _refuse(self) -> NoReturn:
-        raise RequestError("the vision task has no data yet; call prepare(seed) first")
-
-    def __len__(self) -> int:
-        self._refuse()
-
-    def batch(self, index: Tensor) -> NoReturn:
-        self._refuse()
 
 
 @final
@@ -67,7 +54,7 @@ class Vision:
         self.options = VisionOptions(**options)
         self.domains: tuple[str, ...] = ()
         self.fingerprint: str = ""
-        self.train: Samples = _NotPrepared()
+        self.train: Samples = Unprepared("vision")
         self.remark = ""
         self._images: Images | None = None
         self._held_out: Labelled | None = None
