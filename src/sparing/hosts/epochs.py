@@ -161,6 +161,18 @@ class Epochs:
         )
         yield from source
 
+    def first(self, methods: list[Method], **loader: Any) -> tuple[Any, Context]:
+        """The first micro-batch that copies of the methods would plan; nothing here moves."""
+        planned = Epochs(
+            methods,
+            size=self.size,
+            geometry=self.geometry,
+            order=lambda epoch: torch.arange(self.size),
+            clock=self.copy_clock(),
+        )
+        planned.plan = planned.plan_of(methods, planned.clock)
+        return next(planned.batches(**loader))
+
     def shuffled(self, data: Any, *, by: int, **loader: Any) -> Iterator[Any]:
         """This rank's batches in an order drawn by the seed ``by``, for a look at losses."""
         order = torch.randperm(self.size, generator=torch.Generator().manual_seed(by))

@@ -13,7 +13,6 @@ epoch is as long as its plan. ``num_train_epochs`` counts; ``max_steps`` is neve
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -23,17 +22,17 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from sparing.core import ranks, state
-from sparing.core.errors import RequestError, RunError
+from sparing.core.errors import RequestError
 from sparing.core.ledger import Ledger
-from sparing.core.method import Context, Method, Setup, arrange, combine, implements
-from sparing.hosts import hf_requests, hooks, loading
+from sparing.core.method import Context, Method, Setup, arrange, implements
+from sparing.hosts import hf_requests, hf_state, hooks, loading
 from sparing.hosts.dry_run import rehearse
 from sparing.hosts.epochs import Epochs, Geometry
 from sparing.hosts.following import Following
 from sparing.hosts.groups import regroup_
-from sparing.hosts.host import PROBE_BATCHES, Host
-from sparing.hosts.per_sample import FromLogits, Losses, scalar
+from sparing.hosts.hf_loss import TrainerLoss
+from sparing.hosts.host import Host
+from sparing.hosts.per_sample import Losses
 
 try:
     from transformers import TrainerCallback
@@ -43,7 +42,6 @@ except ModuleNotFoundError as error:
     ) from error
 
 CONTEXT = "sparing_context"  # the key under which a batch carries its context
-DIRECTORY = "sparing"  # within a checkpoint
 
 
 def attach(
@@ -88,16 +86,7 @@ class Attached(Host):
         self.trainer = trainer
         args, self._world = trainer.args, int(trainer.accelerator.num_processes)
         self._plans = any(implements(method, "order") for method in methods)
-        self._own_loss = losses == "auto" and not any(
-            implements(m, "loss") and m.loss_stage != "batch" for m in methods
-        )
-        self._losses: Losses = (
-            FromLogits(trainer.accelerator.unwrap_model, args.label_smoothing_factor)
-            if losses == "auto"
-            else scalar
-            if losses == "scalar"
-            else losses
-        )
+        self._loss = TrainerLoss(trainer, methods, losses)
         self._plain: dict[str, Any] = {}
         self._context: Context | None = None
         self._unscaled = False
@@ -149,7 +138,7 @@ class Attached(Host):
             device=str(args.device),
             world_size=self._world,
             batches=self._shuffled,
-            loss=lambda model, batch: self._try(model, batch)[0].mean(),
+            loss=lambda model, batch: self._loss.each(model, batch)[0].mean(),
         )
         model = trainer.model
         for method in self.methods:
@@ -160,15 +149,7 @@ class Attached(Host):
 
     def _dry_run(self, bound: dict[str, Any]) -> None:
         def first(methods: list[Method]) -> tuple[Any, Context]:
-            planned = Epochs(
-                methods,
-                size=self.epochs.size,
-                geometry=self.epochs.geometry,
-                order=lambda epoch: torch.arange(self.epochs.size),
-                clock=self.epochs.copy_clock(),
-            )
-            planned.plan = planned.plan_of(methods, planned.clock)
-            batch, context = next(planned.batches(**self._reading(workers=0)))
+            batch, context = self.epochs.first(methods, **self._reading(workers=0))
             batch = loading.to_device(self._mapping(batch), self.trainer.args.device)
             return self._prepared(methods, batch, context), context
 
@@ -178,17 +159,9 @@ class Attached(Host):
             clock=self.clock,
             bound=bound,
             first=first,
-            losses=self._try,
+            losses=self._loss.each,
             device=self.trainer.args.device,
         )
-
-    def _try(self, model: nn.Module, batch: Any) -> tuple[Tensor, Any]:
-        """Losses and outputs before the trainer's own ways are taken over."""
-        with self.trainer.accelerator.autocast():
-            if not self._own_loss:
-                return self._losses(model, batch)
-            loss, outputs = self.trainer.compute_loss(model, dict(batch), return_outputs=True)
-            return loss.mean().expand(loading.rows(batch)), outputs
 
     def _shuffled(self) -> Iterator[Any]:
         reading = self._reading(workers=0)
@@ -235,20 +208,12 @@ class Attached(Host):
     def _reading(self, workers: int | None = None) -> dict[str, Any]:
         """How the trainer would read its data; the seed of workers is this library's own."""
         source, args = self._source, self.trainer.args
-        workers = source.num_workers if workers is None else workers
-        parallel = {
-            "prefetch_factor": source.prefetch_factor,
-            "multiprocessing_context": source.multiprocessing_context,
-            "worker_init_fn": source.worker_init_fn,
-        }
-        return {
-            "data": source.dataset,
-            "collate": source.collate_fn,
-            "workers": workers,
-            "seed": args.seed * 1_000_003 + self.clock.epoch,
-            "pin_memory": source.pin_memory and args.device.type == "cuda",
-            **(parallel if workers else {}),
-        }
+        return loading.reading(
+            source,
+            workers=workers,
+            seed=args.seed * 1_000_003 + self.clock.epoch,
+            pin_memory=source.pin_memory and args.device.type == "cuda",
+        )
 
     def _on_init_training_state(
         self,
@@ -262,7 +227,7 @@ class Attached(Host):
             max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
         )
         if resume_from_checkpoint is not None:
-            self.load(Path(resume_from_checkpoint) / DIRECTORY)
+            self.load(Path(resume_from_checkpoint) / hf_state.DIRECTORY)
         elif self.clock.step:
             raise RequestError(
                 "this trainer has trained already, and its methods stand where that ended; resume "
@@ -315,39 +280,15 @@ class Attached(Host):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        context, trainer = self._context, self.trainer
+        context = self._context
         if context is None:  # evaluation
             return self._plain["compute_loss"](
                 model, inputs, return_outputs, num_items_in_batch=num_items_in_batch
             )
         batch = self._prepared(self.methods, dict(inputs), context)
         self._count(self._model, batch, context)
-        if self._own_loss:
-            loss, outputs = self._plain["compute_loss"](
-                model, dict(batch), True, num_items_in_batch=num_items_in_batch
-            )
-            adding = [m for m in self.methods if implements(m, "loss")]
-            if adding:
-                # a loss over the tokens of the whole accumulation is its share of the mean
-                parts = self._parts_of_loss(num_items_in_batch)
-                loss = loss.mean() * parts
-                for method in adding:
-                    loss = method.loss(loss, context, outputs)
-                loss = loss / parts
-        else:
-            losses, outputs = self._losses(model, batch)
-            loss = combine(self.methods, losses, context, outputs)
-            trainer.loss_is_scaled_for_ga = False  # a mean: the trainer divides it
+        loss, outputs = self._loss.trained(model, batch, context, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
-
-    def _parts_of_loss(self, num_items_in_batch: Any) -> int:
-        trainer = self.trainer
-        scaled = trainer.loss_is_scaled_for_ga
-        if scaled is None:
-            scaled = trainer.compute_loss_func is not None or (
-                trainer.model_accepts_loss_kwargs and num_items_in_batch is not None
-            )
-        return int(trainer.current_gradient_accumulation_steps) if scaled else 1
 
     def _mapping(self, batch: Any) -> dict[str, Any]:
         if not isinstance(batch, Mapping):
@@ -358,10 +299,11 @@ class Attached(Host):
         return dict(batch)
 
     def _mean_loss(self, model: nn.Module, batch: Any) -> Tensor:
-        if self._own_loss:
-            loss: Tensor = self._plain["compute_loss"](model, dict(batch))
-            return loss.mean()
-        return self._losses(model, batch)[0].float().mean()
+        return self._loss.mean(model, batch)
+
+    @property
+    def _current(self) -> Epochs:
+        return self.epochs
 
     @property
     def _model(self) -> nn.Module:
@@ -435,43 +377,17 @@ class Attached(Host):
 
     def save(self, directory: str | Path) -> None:
         """Write what continues the methods bit for bit; every rank writes its own part."""
-        tree = {
-            "methods": {method.name: method.state_dict() for method in self.methods},
-            "epochs": self.epochs.state_dict(),
-            "ledger": self.ledger.state_dict(),
-            "recent": list(self._recent),
-        }
-        part = Path(directory) / f"rank-{ranks.rank():05d}"
-        state.save(part, tree, meta={"world": self._world})
+        hf_state.write(Path(directory), self._state(self.ledger), self._world)
 
     def load(self, directory: str | Path) -> None:
         """Take back what ``save`` wrote, on as many ranks as there are now.
 
         Raises RequestError if it is of other methods or other data, RunError if there is none.
         """
-        directory, rank = Path(directory), ranks.rank()
-        if not directory.is_dir():
-            raise RunError(
-                f"the checkpoint {directory.parent} holds no state of methods: it was written "
-                "without them, or its writing was cut short. Resume from the one before it"
-            )
-        world = int(state.read(directory / "rank-00000").meta["world"])
-        tree = state.load(directory / f"rank-{rank % world:05d}")
-        saved, here = sorted(tree["methods"]), sorted(m.name for m in self.methods)
-        if saved != here:
-            raise RequestError(f"the checkpoint is of the methods {saved}, attached are {here}")
-        self.epochs.load_state_dict(tree["epochs"])
-        for method in self.methods:
-            method.load_state_dict(tree["methods"][method.name])
+        saved = hf_state.read(Path(directory), self._world)
+        self._continue(saved, self.trainer.args.device)
         self.ledger = Ledger()
-        for part in range(rank, world, self._world):  # those of ranks that are no longer there too
-            other = Ledger()
-            other.load_state_dict(state.load(directory / f"rank-{part:05d}")["ledger"])
-            self.ledger.merge(other)
-        device = self.trainer.args.device
-        self._recent = deque(
-            (loading.to_device(batch, device) for batch in tree["recent"]), maxlen=PROBE_BATCHES
-        )
+        self.ledger.load_state_dict(saved["ledger"])
         if self.epochs.finished:  # what remained was too little for the ranks there are now
             self.epochs.end(None)
 
@@ -503,4 +419,6 @@ class _Callback(TrainerCallback):  # type: ignore[misc]
         self._attached.stepped()
 
     def on_save(self, args: Any, state: Any, control: Any, **known: Any) -> None:
-        self._attached.save(Path(args.output_dir) / f"checkpoint-{state.global_step}" / DIRECTORY)
+        self._attached.save(
+            Path(args.output_dir) / f"checkpoint-{state.global_step}" / hf_state.DIRECTORY
+        )

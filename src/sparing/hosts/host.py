@@ -17,6 +17,7 @@ from sparing.core.errors import RequestError
 from sparing.core.ledger import Ledger
 from sparing.core.method import Context, Method
 from sparing.hosts import loading
+from sparing.hosts.epochs import Epochs
 
 PROBE_BATCHES, PROBE_ROWS = 2, 4
 
@@ -59,6 +60,11 @@ class Host(Bound, abc.ABC):
         self._counted = [0, 0]  # samples and tokens of this rank since the last step
         self._static: dict[Any, int] = {}
         self._recent: deque[Any] = deque(maxlen=PROBE_BATCHES)
+
+    @property
+    @abc.abstractmethod
+    def _current(self) -> Epochs:
+        """The plans of the epochs, and the place in them."""
 
     @abc.abstractmethod
     def _mean_loss(self, model: nn.Module, batch: Any) -> Tensor:
@@ -104,6 +110,31 @@ class Host(Bound, abc.ABC):
         for method in self.methods:
             method.step(self.clock, optimizer)
             method.account(self.ledger)
+
+    def _state(self, ledger: Ledger) -> dict[str, Any]:
+        """What continues the methods bit for bit, with the account that is to be kept."""
+        return {
+            "methods": {method.name: method.state_dict() for method in self.methods},
+            "epochs": self._current.state_dict(),
+            "ledger": ledger.state_dict(),
+            "recent": list(self._recent),
+        }
+
+    def _continue(self, saved: dict[str, Any], device: torch.device | None = None) -> None:
+        """Take back what ``_state`` gave, but the ledger; batches go to ``device``.
+
+        Raises RequestError if it is of other methods or other data.
+        """
+        there, here = sorted(saved["methods"]), sorted(m.name for m in self.methods)
+        if there != here:
+            raise RequestError(f"the checkpoint is of the methods {there}, attached are {here}")
+        self._current.load_state_dict(saved["epochs"])
+        for method in self.methods:
+            method.load_state_dict(saved["methods"][method.name])
+        recent = saved["recent"]
+        if device is not None:
+            recent = [loading.to_device(batch, device) for batch in recent]
+        self._recent = deque(recent, maxlen=PROBE_BATCHES)
 
     def _probe_of(self, model: nn.Module, known: nn.Module | None = None) -> Tensor:
         """Mean loss over a few rows of the latest batches, the same number on every rank.

@@ -17,7 +17,6 @@ share. Lightning therefore has no sampler to wrap for ranks.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
@@ -36,7 +35,7 @@ from sparing.hosts.dry_run import rehearse
 from sparing.hosts.epochs import Epochs, Geometry
 from sparing.hosts.following import Following
 from sparing.hosts.groups import regroup_
-from sparing.hosts.host import PROBE_BATCHES, Host
+from sparing.hosts.host import Host
 
 try:
     from lightning.pytorch import Callback
@@ -242,20 +241,11 @@ class LightningMethods(Callback, Host):  # type: ignore[misc]
         self, trainer: Any, module: nn.Module, bound: dict[str, Any], device: torch.device
     ) -> None:
         assert self.epochs is not None
-        whole = self.epochs
+        epochs = self.epochs
 
         def first(methods: list[Method]) -> tuple[Any, Context]:
-            planned = Epochs(
-                methods,
-                size=whole.size,
-                geometry=whole.geometry,
-                order=lambda epoch: torch.arange(whole.size),
-                clock=whole.copy_clock(),
-            )
-            planned.plan = planned.plan_of(methods, planned.clock)
-            batch, context = next(planned.batches(**self._reading(workers=0)))
-            batch = loading.to_device(batch, device)
-            return self._prepared(methods, batch, context), context
+            batch, context = epochs.first(methods, **self._reading(workers=0))
+            return self._prepared(methods, loading.to_device(batch, device), context), context
 
         def losses(model: Any, batch: Any) -> tuple[Tensor, Any]:
             model.trainer = trainer
@@ -338,21 +328,12 @@ class LightningMethods(Callback, Host):  # type: ignore[misc]
         return lightning_requests.order(self._loader, epoch, generator)
 
     def _reading(self, workers: int | None = None) -> dict[str, Any]:
-        loader = self._loader
-        workers = loader.num_workers if workers is None else workers
-        parallel = {
-            "prefetch_factor": loader.prefetch_factor,
-            "multiprocessing_context": loader.multiprocessing_context,
-            "worker_init_fn": loader.worker_init_fn,
-        }
-        return {
-            "data": loader.dataset,
-            "collate": loader.collate_fn,
-            "workers": workers,
-            "seed": self.seed * 1_000_003 + self.clock.epoch,
-            "pin_memory": loader.pin_memory,
-            **(parallel if workers else {}),
-        }
+        return loading.reading(
+            self._loader,
+            workers=workers,
+            seed=self.seed * 1_000_003 + self.clock.epoch,
+            pin_memory=self._loader.pin_memory,
+        )
 
     # ---- a micro-batch and a step -------------------------------------------------------------
 
@@ -416,38 +397,31 @@ class LightningMethods(Callback, Host):  # type: ignore[misc]
     on_test_start = on_predict_start = on_validation_start
     on_test_end = on_predict_end = on_validation_end
 
+    @property
+    def _current(self) -> Epochs:
+        assert self.epochs is not None
+        return self.epochs
+
     # ---- state --------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """For Lightning's checkpoint: plain data and tensors, which weights_only loading takes."""
         if self.epochs is None:
             return {}
-        recent = list(self._recent)
+        found = {**self._state(self.account()), "ran": self._ran}
         try:
-            encode(recent)
+            encode(found["recent"])
         except RequestError:  # batches of a kind that no state holds
-            recent = []
-        return {
-            "methods": {method.name: method.state_dict() for method in self.methods},
-            "epochs": self.epochs.state_dict(),
-            "ledger": self.account().state_dict(),
-            "recent": recent,
-            "ran": self._ran,
-        }
+            found["recent"] = []
+        return found
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Raises RequestError if the state is of other methods or other data."""
         if not state_dict or self.epochs is None:
             return
-        saved, here = sorted(state_dict["methods"]), sorted(m.name for m in self.methods)
-        if saved != here:
-            raise RequestError(f"the checkpoint is of the methods {saved}, attached are {here}")
-        self.epochs.load_state_dict(state_dict["epochs"])
-        for method in self.methods:
-            method.load_state_dict(state_dict["methods"][method.name])
+        self._continue(state_dict)
         if ranks.rank() == 0:  # it holds the account of all
             self.ledger.load_state_dict(state_dict["ledger"])
-        self._recent = deque(state_dict["recent"], maxlen=PROBE_BATCHES)
         self._ran = state_dict["ran"]
         if self.epochs.finished:  # what remained was too little for the ranks there are now
             self.epochs.end(None)

@@ -190,3 +190,20 @@ def whose(bad: Tensor, context: Context, domains: tuple[str, ...]) -> str:
     if context.domain is not None and domains:
         told += " of " + ", ".join(sorted({domains[int(d)] for d in context.domain[at]}))
     return told
+
+
+def reading(loader: Any, *, seed: int, workers: int | None, pin_memory: bool) -> dict[str, Any]:
+    """How a torch DataLoader reads its data set, as keywords of ``batches``.
+
+    ``workers``: other than its own, if given; ``seed``: of theirs.
+    """
+    workers = loader.num_workers if workers is None else workers
+    parallel = ("prefetch_factor", "multiprocessing_context", "worker_init_fn")
+    return {
+        "data": loader.dataset,
+        "collate": loader.collate_fn,
+        "workers": workers,
+        "seed": seed,
+        "pin_memory": pin_memory,
+        **({name: getattr(loader, name) for name in parallel} if workers else {}),
+    }
