@@ -632,3 +632,9 @@ def test_a_part_of_an_adapted_model_is_no_model():
 def test_the_top_level_names_are_these():
     assert sparing.adapt_ is adapt_
     assert sparing.SparseAdapter is SparseAdapter
+
+
+@pytest.mark.parametrize("experts", [sparing.TopAny, sparing.TopK, sparing.ReLURouter])
+def test_experts_beside_a_frozen_base_are_refused(experts):
+    with pytest.raises(RequestError, match='cannot work beside "sparse-adapter"'):
+        arrange([SparseAdapter(), experts()])

@@ -93,6 +93,9 @@ class RoutedExperts(Method, abc.ABC):
     chooses: ClassVar[bool] = True
     """Whether anything is chosen: what already routes by chance has no random counterpart."""
     loss_stage: ClassVar[Literal["sample", "weight", "batch"]] = "batch"
+    conflicts: ClassVar[Mapping[str, str]] = {
+        "sparse-adapter": "adapters freeze the base, and routers and experts would not be trained"
+    }
     causal: ClassVar[bool] = True
     """Whether a token's routing in training is independent of the other tokens of the batch."""
 

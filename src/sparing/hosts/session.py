@@ -36,11 +36,10 @@ from sparing.hosts.dry_run import rehearse
 from sparing.hosts.epochs import Epochs, Geometry
 from sparing.hosts.host import PROBE_BATCHES, PROBE_ROWS, Bound
 from sparing.hosts.layout import lay_out_like_parameters_
+from sparing.hosts.per_sample import Losses
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-Losses = Callable[[nn.Module, Any], tuple[Tensor, Any]]
 
 
 @final

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparing.hosts.session import Losses
+from sparing.hosts.per_sample import Losses
 
 REPEATS = 3
 

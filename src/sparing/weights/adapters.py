@@ -31,19 +31,6 @@ from sparing.weights.switching import switch_
 _CELLS = (8, 48)
 """Rows and columns of the picture of a mask, at most."""
 
-_EXPERTS = (
-    "dynmoe",
-    "top-k",
-    "noisy-top-k",
-    "switch",
-    "sigmoid-top-k",
-    "expert-choice",
-    "random",
-    "hash",
-    "top-p",
-    "relu",
-)
-
 
 @final
 class SparseAdapter(Method):
@@ -57,9 +44,6 @@ class SparseAdapter(Method):
 
     name: ClassVar[str] = "sparse-adapter"
     Options = Options
-    conflicts: ClassVar[Mapping[str, str]] = dict.fromkeys(
-        _EXPERTS, "adapters freeze the base, and new routers and experts would never be trained"
-    )
     freezes_base: ClassVar[bool] = True
     """The base stays as it was bit for bit, and before training the adapter changes nothing."""
 
