@@ -15,7 +15,8 @@ from sparing.core.errors import RequestError, unknown
 from sparing.samples import difficulty
 from sparing.samples.draw import Random, rounded
 from sparing.samples.infobatch import check_ratio
-from sparing.samples.method import SampleSelection, SelectionOptions
+from sparing.samples.method import SampleSelection
+from sparing.samples.options import SelectionOptions
 from sparing.samples.scores import ScoreTable, check_ids
 from sparing.samples.selection import Selection, chosen, everything
 from sparing.samples.ucb import highest

@@ -20,7 +20,8 @@ from torch import Tensor
 from sparing.core.checks import require_number
 from sparing.core.errors import RequestError
 from sparing.samples.draw import BLOCK, Random, rounded, shuffled
-from sparing.samples.method import SampleSelection, SelectionOptions
+from sparing.samples.method import SampleSelection
+from sparing.samples.options import SelectionOptions
 from sparing.samples.scores import ScoreTable
 from sparing.samples.selection import Selection, everything
 

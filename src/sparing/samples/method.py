@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -25,37 +24,20 @@ from torch.utils.data import Sampler
 from sparing.core import ranks
 from sparing.core.checks import require_whole
 from sparing.core.clock import Clock
-from sparing.core.errors import RequestError, unknown
+from sparing.core.errors import RequestError
 from sparing.core.ledger import Ledger
 from sparing.core.method import Context, Method, Plan, Signal
 from sparing.samples import draw
-from sparing.samples.page import kept_by_difficulty, summary
+from sparing.samples.history import History
+from sparing.samples.left_out import LeftOut
 from sparing.samples.saved import Saved
 from sparing.samples.scores import ScoreTable
-from sparing.samples.selection import NORMALISE, Selection, everything, normalised
+from sparing.samples.selection import Selection, everything, normalised
 from sparing.samples.steps import Steps, total
 from sparing.samples.weights import Weights
 
 CHUNK = 1 << 16
 """Ids that are turned into Python numbers at once."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SelectionOptions:
-    """Abstract: options of a method that chooses samples.
-
-    ``normalise``: what is done with the weights of samples that stand for others, if there are
-    any. "none": nothing, as published: the sum of weighted gradients over an epoch is unbiased,
-    but each of its fewer steps is larger. "epoch": they are divided by their mean over the epoch:
-    each step is an unbiased estimate of the full mean gradient. "batch": by their mean over the
-    batch, which leaves a small bias of the order of 1 / batch size.
-    """
-
-    normalise: str = "epoch"
-
-    def __post_init__(self) -> None:
-        if self.normalise not in NORMALISE:
-            raise unknown("way to normalise weights", self.normalise, NORMALISE)
 
 
 class SampleSelection(Method, Sampler[int]):
@@ -99,13 +81,10 @@ class SampleSelection(Method, Sampler[int]):
         self._selection: Selection | None = None
         self._weights: Weights | None = None
         self._epoch = 0
-        self._start = self._reported = self._since = 0
+        self._start = self._reported = 0
         self._exhausted = self._trained = False
-        self._lengths: list[int] = []
-        self._by_difficulty: list[list[float]] = []
-        self._times: NDArray[np.uint16] | None = None
-        self._counted: dict[str, int] = {}
-        self._carry: dict[str, int] = {}
+        self._history = History()
+        self._left_out = LeftOut()
         self._loaded: dict[str, Any] | None = None
         if size is not None or epochs is not None:
             self.bind(size=size, epochs=epochs, seed=seed)
@@ -234,19 +213,8 @@ class SampleSelection(Method, Sampler[int]):
         self._weights = Weights(selection, by_batch=self.options.normalise == "batch")
         self._start = self._reported = 0
         self._trained = False
-        self._lengths.append(len(selection))
-        if self._times is None:
-            self._times = np.zeros(self.size, dtype=np.uint16)
-        if selection.code is not None:
-            self._times += selection.code != 0
-        elif len(selection) == self.size and not self.repeats:
-            self._times += 1
-        else:
-            present = np.zeros(self.size, dtype=bool)
-            present[selection.index] = True
-            self._times += present
         scores = self._scores.value if self._scores is not None else None
-        self._by_difficulty.append(kept_by_difficulty(scores, selection))
+        self._history.add(selection, self.size, scores, repeats=self.repeats)
 
     @property
     def selection(self) -> Selection:
@@ -392,7 +360,7 @@ class SampleSelection(Method, Sampler[int]):
     def _count(self, rows: int) -> None:
         self._reported += rows
         self._trained = True
-        self._since += rows
+        self._left_out.count(rows)
 
     # ---- epochs, account, state --------------------------------------------------------------
 
@@ -411,7 +379,7 @@ class SampleSelection(Method, Sampler[int]):
 
     def lengths(self) -> list[int]:
         """The lengths of the plans made so far."""
-        return list(self._lengths)
+        return list(self._history.lengths)
 
     def preview(self, epoch: int) -> int | None:
         """The length of a later epoch's plan if it were made now; None while no loss is known."""
@@ -424,20 +392,9 @@ class SampleSelection(Method, Sampler[int]):
 
     def account(self, ledger: Ledger) -> None:
         """Enter what the samples left out would have cost: as much as those that came."""
-        held = len(self._selection) if self._selection is not None else 1
-        whole = self.size if self._selection is not None else 1
-        amounts = {"samples": self._since}
-        self._since = 0
-        for unit in ("tokens", "flops"):
-            now = ledger.dense(unit)
-            amounts[unit] = max(0, now - self._counted.get(unit, 0))
-        for unit, amount in amounts.items():
-            if unit != "samples" and not amount:
-                continue
-            missing = self._carry.get(unit, 0) + amount * (whole - held)
-            extra, self._carry[unit] = divmod(missing, held)
-            ledger.add(unit, spent=0, dense=max(0, extra))
-            self._counted[unit] = ledger.dense(unit)
+        planned = self._selection is not None
+        held, whole = (len(self.selection), self.size) if planned else (1, 1)
+        self._left_out.account(ledger, held=held, whole=whole)
 
     def signals(self) -> dict[str, Signal]:
         if self._selection is None:
@@ -449,23 +406,18 @@ class SampleSelection(Method, Sampler[int]):
             "mean_weight": self._selection.mean_weight(),
             "mean_score": mean if np.isfinite(mean) else 0.0,
             "rejected": self.scores.rejected,
-            "lengths": list(self._lengths),
+            "lengths": self.lengths(),
         }
 
     def page(
         self, model: nn.Module, passages: list[dict[str, Any]], read: Callable[[Any], Any]
     ) -> dict[str, Any]:
-        if self._times is None:
-            return {}
-        return {
-            "selection": summary(
-                self.scores.value, self._times, self._lengths, self.size, self._by_difficulty
-            )
-        }
+        return self._history.page(self.scores.value, self.size) if self._history.lengths else {}
 
     def times_kept(self) -> NDArray[np.uint16]:
         """In how many epochs each sample came: (N,)."""
-        return np.zeros(self.size, np.uint16) if self._times is None else self._times
+        times = self._history.times
+        return np.zeros(self.size, np.uint16) if times is None else times
 
     def state_dict(self) -> dict[str, Any]:
         """Scores, the plan itself and the place in it. In mid-epoch on several ranks the scores

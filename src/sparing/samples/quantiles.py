@@ -18,7 +18,7 @@ from sparing.core.checks import require_number
 from sparing.core.errors import RequestError
 from sparing.samples.annealing import Annealed
 from sparing.samples.draw import LEFT_OUT, Random, rounded, thin_
-from sparing.samples.method import SelectionOptions
+from sparing.samples.options import SelectionOptions
 from sparing.samples.scores import ScoreTable
 from sparing.samples.selection import Selection, chosen, everything
 

@@ -13,7 +13,8 @@ from sparing.core.errors import RequestError
 from sparing.samples.annealing import annealing
 from sparing.samples.draw import Random, rounded, thin_
 from sparing.samples.infobatch import check_ratio
-from sparing.samples.method import SampleSelection, SelectionOptions
+from sparing.samples.method import SampleSelection
+from sparing.samples.options import SelectionOptions
 from sparing.samples.scores import ScoreTable
 from sparing.samples.selection import Selection, chosen, everything
 

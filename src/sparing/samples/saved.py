@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, final
 
-import numpy as np
-import torch
-
 from sparing.core import ranks
 from sparing.core.errors import RequestError
 from sparing.samples.selection import Selection
@@ -24,21 +21,15 @@ class Saved:
     def of(method: SampleSelection) -> dict[str, Any]:
         """All that is needed to go on; ``done`` counts places of the plan over all ranks."""
         selection = method._selection
-        times = method._times
         return {
             "size": method._size,
             "epoch": method._epoch,
             "done": method._done,
             "trained": method._trained,
-            "since": method._since,
-            "lengths": list(method._lengths),
-            "by_difficulty": [list(row) for row in method._by_difficulty],
-            "counted": dict(method._counted),
-            "carry": dict(method._carry),
             "scores": None if method._scores is None else method._scores.state_dict(),
             "plan": None if selection is None else selection.state_dict(),
-            # uint16 has no word in the file format
-            "times": None if times is None else torch.from_numpy(times.astype(np.int32)),
+            **method._left_out.state_dict(),
+            **method._history.state_dict(),
         }
 
     @staticmethod
@@ -50,10 +41,8 @@ class Saved:
                 f"{method._size}; resume with the data that was trained on"
             )
         method._epoch = state["epoch"]
-        method._since = state["since"]
-        method._lengths = list(state["lengths"])
-        method._by_difficulty = [list(row) for row in state["by_difficulty"]]
-        method._counted, method._carry = dict(state["counted"]), dict(state["carry"])
+        method._left_out.load_state_dict(state)
+        method._history.load_state_dict(state)
         method._scores = None
         if state["scores"] is not None:
             method.scores.load_state_dict(state["scores"])
@@ -63,8 +52,6 @@ class Saved:
             method._weights = Weights(
                 method._selection, by_batch=method.options.normalise == "batch"
             )
-        times = state["times"]
-        method._times = None if times is None else times.numpy().astype(np.uint16)
         method._exhausted = False
         method._start, method._reported = state["done"], 0
         method._trained = state["trained"]

@@ -18,7 +18,7 @@ from sparing.samples import clusters
 from sparing.samples.annealing import Annealed
 from sparing.samples.draw import LEFT_OUT, Random, rounded, thin_
 from sparing.samples.infobatch import check_ratio
-from sparing.samples.method import SelectionOptions
+from sparing.samples.options import SelectionOptions
 from sparing.samples.random import plan as at_random
 from sparing.samples.scores import ScoreTable
 from sparing.samples.selection import Selection, chosen, everything

@@ -17,7 +17,7 @@ from sparing.core.checks import require_number, require_whole
 from sparing.samples.annealing import Annealed
 from sparing.samples.draw import Random, rounded, thin_
 from sparing.samples.infobatch import check_ratio
-from sparing.samples.method import SelectionOptions
+from sparing.samples.options import SelectionOptions
 from sparing.samples.scores import ScoreTable
 from sparing.samples.selection import Selection, chosen, everything
 
