@@ -8,11 +8,26 @@ import sys
 from pathlib import Path
 
 import sparing
-from sparing.run.compare.arms import Asked
+from sparing.run.compare.arms import Asked, slug
 from sparing.run.compare.record import write
 from sparing.run.compare.run import run_comparison
+from sparing.run.recipe import load
 
 RECORDS = Path(__file__).parent / "records"
+
+
+def everything(
+    out: Path, recipe: str, preset: str | None, baseline: str | None, margin: str | None
+) -> sparing.Comparison:
+    """All runs of the recipe's arms in ``out``, also if several calls made them, on other seeds."""
+    declared = load(recipe, preset=preset)
+    assert declared.compare is not None
+    runs = {arm: sorted((out / slug(arm)).glob("seed-*")) for arm in declared.arms}
+    return sparing.compare(
+        {arm: [*found] for arm, found in runs.items() if found},
+        baseline=baseline or declared.compare.baseline,
+        margin=margin or declared.compare.margin,
+    )
 
 
 def main(recipe: str, *, record: str, about: str, preset: str | None = None) -> None:
@@ -28,12 +43,19 @@ def main(recipe: str, *, record: str, about: str, preset: str | None = None) -> 
     parser.add_argument("--preset", default=preset)
     parser.add_argument("--looks", type=int, default=1)
     parser.add_argument("--finished", action="store_true", help="run nothing, record what is there")
+    parser.add_argument(
+        "--everything",
+        action="store_true",
+        help="as --finished, with all arms and seeds that are there, whichever call made them",
+    )
     parser.add_argument("--set", nargs="*", default=[], help="overrides for every arm")
     parser.add_argument("--out", type=Path, default=Path("runs") / record)
     parser.add_argument("--record", default=record)
     given = parser.parse_args()
     command = shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
-    if given.finished:
+    if given.everything:
+        found = everything(given.out, recipe, given.preset, given.baseline, given.margin)
+    elif given.finished:
         found = sparing.compare(given.out, baseline=given.baseline, margin=given.margin)
         found.page(given.out / "compare.html")
     else:
