@@ -4,8 +4,8 @@
 
 The same as ``sparing compare adapters-text --preset agnews``; the arms are in the recipe. A run
 that is finished in --out is kept, an unfinished one is resumed; --everything runs nothing and
-records what is there. Writes benchmarks/records/adapters_comparison.json; adapters_claims.py reads the same
-runs.
+records what is there. Writes benchmarks/records/adapters_comparison.json. The claims that
+adapters_claims.py checks are read from the same runs.
 """
 
 from __future__ import annotations

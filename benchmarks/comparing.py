@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import shlex
 import sys
 from pathlib import Path
@@ -23,11 +24,19 @@ def everything(
     declared = load(recipe, preset=preset)
     assert declared.compare is not None
     runs = {arm: sorted((out / slug(arm)).glob("seed-*")) for arm in declared.arms}
-    return sparing.compare(
-        {arm: [*found] for arm, found in runs.items() if found},
+    found = sparing.compare(
+        {arm: [*paths] for arm, paths in runs.items() if paths},
         baseline=baseline or declared.compare.baseline,
         margin=margin or declared.compare.margin,
     )
+    seeds = sorted({seed for arm in found.arms for seed in arm.values})
+    about = {"recipe": recipe, "preset": preset, "seeds": seeds, "command": command()}
+    return dataclasses.replace(found, about={**found.about, **about})
+
+
+def command() -> str:
+    """What was typed."""
+    return shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
 
 
 def main(recipe: str, *, record: str, about: str, preset: str | None = None) -> None:
@@ -52,7 +61,6 @@ def main(recipe: str, *, record: str, about: str, preset: str | None = None) -> 
     parser.add_argument("--out", type=Path, default=Path("runs") / record)
     parser.add_argument("--record", default=record)
     given = parser.parse_args()
-    command = shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
     if given.everything:
         found = everything(given.out, recipe, given.preset, given.baseline, given.margin)
     elif given.finished:
@@ -72,7 +80,7 @@ def main(recipe: str, *, record: str, about: str, preset: str | None = None) -> 
             preset=given.preset,
             overrides=tuple(given.set),
             looks=given.looks,
-            command=command,
+            command=command(),
         )
         found = run_comparison(asked, note=lambda text: print(text, file=sys.stderr))
     print(found)
