@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import shlex
 import sys
 from pathlib import Path
 
 import sparing
 from sparing.run.compare.arms import Asked, slug
+from sparing.run.compare.finished import judged
+from sparing.run.compare.found import find
 from sparing.run.compare.record import write
 from sparing.run.compare.run import run_comparison
 from sparing.run.recipe import load
@@ -23,15 +24,21 @@ def everything(
     """All runs of the recipe's arms in ``out``, also if several calls made them, on other seeds."""
     declared = load(recipe, preset=preset)
     assert declared.compare is not None
-    runs = {arm: sorted((out / slug(arm)).glob("seed-*")) for arm in declared.arms}
-    found = sparing.compare(
-        {arm: [*paths] for arm, paths in runs.items() if paths},
+    runs = {}
+    for name in declared.arms:
+        paths = sorted((out / slug(name)).glob("seed-*"))
+        if paths:
+            runs[name] = [find(path, name) for path in paths]
+    seeds = sorted({int(run.seed or 0) for arm in runs.values() for run in arm})
+    return judged(
+        runs,
         baseline=baseline or declared.compare.baseline,
         margin=margin or declared.compare.margin,
+        level=0.95,
+        looks=1,
+        declared={n: {"about": a.about, "set": a.set} for n, a in declared.arms.items()},
+        about={"recipe": recipe, "preset": preset, "seeds": seeds, "command": command()},
     )
-    seeds = sorted({seed for arm in found.arms for seed in arm.values})
-    about = {"recipe": recipe, "preset": preset, "seeds": seeds, "command": command()}
-    return dataclasses.replace(found, about={**found.about, **about})
 
 
 def command() -> str:
