@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from sparing.weights.adapters import adapt_ as adapt_
     from sparing.weights.files import load_adapter_ as load_adapter_
     from sparing.weights.files import save_adapter as save_adapter
+    from sparing.weights.peers import Peft as Peft
     from sparing.weights.peft import from_peft_ as from_peft_
     from sparing.weights.peft import to_peft as to_peft
     from sparing.weights.switching import delete_ as delete_
@@ -79,6 +80,7 @@ _HOMES = {
     "LightningMethods": "hosts.lightning",
     "Method": "core.method",
     "NoisyTopK": "experts.noisy_top_k",
+    "Peft": "weights.peers",
     "Plan": "core.method",
     "Quantiles": "samples.quantiles",
     "RandomExperts": "experts.random",
@@ -136,6 +138,7 @@ __all__ = [
     "LightningMethods",
     "Method",
     "NoisyTopK",
+    "Peft",
     "Plan",
     "Quantiles",
     "RandomExperts",

@@ -95,6 +95,7 @@ CASES: dict[str, list[dict[str, Any]]] = {
         {"kind": "prefix", "length": 3, "zero_start": False, "score": "random"},
         {"kind": "lora", "rank": 4, "score": "random", "keep": 0.5},
     ],
+    "peft": [{}, {"kind": "shira", "r": 2, "targets": "all-linear"}, {"r": 4, "alpha": 16.0}],
 }
 
 

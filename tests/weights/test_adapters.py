@@ -562,6 +562,16 @@ def test_names_and_models_with_nothing_to_adapt_are_refused(build, options, says
     assert installed.names(model) == []
 
 
+def test_a_base_from_a_gguf_file_has_plain_weights_and_is_adapted():
+    class GgufConfig:
+        """As transformers leaves it on what it read from such a file."""
+
+    model = bert()
+    model.config.quantization_config = GgufConfig()
+    adapt_(model, SparseAdapter(kind="lora", score="random", rank=2))
+    assert installed.names(model) == ["default"]
+
+
 def test_a_quantised_base_is_refused():
     quantised = nn.Sequential(nn.Linear(4, 4))
     quantised[0].weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.int8), requires_grad=False)

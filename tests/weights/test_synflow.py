@@ -268,3 +268,39 @@ def test_wrong_requests_are_refused():
     broken = Negative(4, 3)
     with pytest.raises(RunError, match="flow through the network is inf"):
         synflow(broken, matrices(broken), [torch.ones(1, 4)], call)
+
+
+def test_an_adapter_is_scored_by_the_shape_of_one_sample():
+    from models import batch, bert
+
+    from sparing.weights import installed
+    from sparing.weights.adapters import SparseAdapter, adapt_
+
+    rows = []
+
+    def loss(model, given):
+        rows.append(len(given["labels"]))
+        return model(**given).loss
+
+    def kept(data):
+        model = bert()
+        adapt_(model, SparseAdapter(score="synflow", width=4, keep=0.5), data=data, loss=loss)
+        parts = installed.parts(model, "default").values()
+        return [factor.mask() for part in parts for _, factor in part.named_factors()]
+
+    whole = batch(bert(), rows=7)
+    first = {key: value[:1] for key, value in whole.items()}
+    for one, other in zip(kept([whole]), kept([first]), strict=True):
+        assert one.equal(other)
+    assert set(rows) == {1}
+    # what has no samples is taken as it is
+    odd = {**whole, "scale": torch.ones(3)}
+    rows.clear()
+
+    def of_odd(model, given):
+        rows.append(len(given["labels"]))
+        return model(input_ids=given["input_ids"]).logits.sum()
+
+    method = SparseAdapter(score="synflow", width=4, keep=0.5)
+    adapt_(bert(), method, data=[odd], loss=of_odd)
+    assert set(rows) == {7}

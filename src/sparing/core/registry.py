@@ -188,6 +188,14 @@ METHODS: Final[tuple[Record, ...]] = (
         paper="arXiv 2210.04284",
         card="sparse-adapter",
     ),
+    Record(
+        name="peft",
+        target="sparing.weights.peers:Peft",
+        summary="LoRA or SHiRA by Hugging Face's PEFT, to compare with; base frozen.",
+        paper="arXiv 2106.09685",
+        extras=("peft",),
+        card="peft",
+    ),
 )
 
 TASKS: Final[tuple[Record, ...]] = (

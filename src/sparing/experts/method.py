@@ -94,7 +94,8 @@ class RoutedExperts(Method, abc.ABC):
     """Whether anything is chosen: what already routes by chance has no random counterpart."""
     loss_stage: ClassVar[Literal["sample", "weight", "batch"]] = "batch"
     conflicts: ClassVar[Mapping[str, str]] = {
-        "sparse-adapter": "adapters freeze the base, and routers and experts would not be trained"
+        name: "adapters freeze the base, and routers and experts would not be trained"
+        for name in ("sparse-adapter", "peft")
     }
     causal: ClassVar[bool] = True
     """Whether a token's routing in training is independent of the other tokens of the batch."""

@@ -39,6 +39,8 @@ def require_plain(model: nn.Module) -> None:
     if next(model.parameters(), None) is None:
         raise RequestError("there is nothing to adapt: the model has no parameters")
     how = getattr(getattr(model, "config", None), "quantization_config", None)
+    if type(how).__name__ == "GgufConfig":
+        how = None  # transformers turns what a GGUF file holds into plain weights as it reads it
     bad = next(
         (
             (name, str(p.dtype))

@@ -18,7 +18,7 @@ from sparing.weights.build import kept_of_budget
 from sparing.weights.density import erdos_renyi
 from sparing.weights.masks import masks
 from sparing.weights.options import DATA_FREE, Options
-from sparing.weights.scores.batches import changed, tensors
+from sparing.weights.scores.batches import changed, one, tensors
 
 Loss = Callable[[nn.Module, Any], Tensor]
 
@@ -82,7 +82,7 @@ def _scores(
     if options.score == "magnitude":
         return scores.magnitude(model, named, seed=seed)
     if options.score == "synflow":
-        shapes = () if data is None else drawn(model, data, 1, options.score)
+        shapes = () if data is None else [one(b) for b in drawn(model, data, 1, options.score)]
         return scores.synflow(model, named, shapes, loss or _called, keep=keep, **arguments)
     batches = drawn(model, data, options.batches, options.score)
     loss = loss or own_loss

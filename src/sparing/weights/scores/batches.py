@@ -52,6 +52,14 @@ def size(batch: Any) -> int:
     return next((t.shape[0] for t in tensors(batch) if t.ndim > 0), 1)
 
 
+def one(batch: Any) -> Any:
+    """The batch's first sample, for what looks at shapes alone; all of it if it has no samples."""
+    try:
+        return samples(batch)[0]
+    except RequestError:
+        return batch
+
+
 def samples(batch: Any) -> list[Any]:
     """The batch as batches of one sample each.
 
