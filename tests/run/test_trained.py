@@ -1,4 +1,4 @@
-"""What a run has trained is there again: base, adapter and experts together, by ``sparing.load``."""
+"""What a run has trained comes back by ``sparing.load``: base, adapter and experts together."""
 
 from __future__ import annotations
 

@@ -290,8 +290,8 @@ def test_its_features_tell_the_sources_apart_where_random_ones_do_not(task):
     def accuracy(encoder: str) -> float:
         model = Text(encoder=encoder).model(0).eval()
         found = []
-        for texts, count in zip(task._ready(), (1200, 600), strict=True):
-            index = torch.arange(count) * len(texts) // count
+        for texts, some in zip(task._ready(), (1200, 600), strict=True):
+            index = torch.arange(some) * len(texts) // some
             batch = texts.batch(index)
             with torch.no_grad():
                 states = model.encoder(batch["input_ids"], batch["attention_mask"])
