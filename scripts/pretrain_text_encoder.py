@@ -2,7 +2,7 @@
 
     python scripts/pretrain_text_encoder.py
 
-Writes src/sparing/tasks/text/data/tiny.safetensors. On one core it takes minutes; on the same
+Writes src/sparing/tasks/text/data/tiny.safetensors. On one core it takes a minute; on the same
 machine, with the same versions of torch and of Python's library, it gives the same bytes again.
 
 Text: the training parts of the language task's three domains, as many rows of each, without any
@@ -33,7 +33,7 @@ from sparing.tasks.text.tokens import BEGIN, BYTE_VOCABULARY, FIRST_BYTE, PAD
 from sparing.updates.muon import Muon
 
 SEED = 0
-STEPS = 1200
+STEPS = 500
 TOKENS = 2048
 LENGTHS = (32, 32, 64, 128)
 HIDDEN = 0.15
