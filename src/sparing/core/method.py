@@ -264,7 +264,7 @@ class Method(abc.ABC):
 
         Raises RequestError for what ``export`` did not write, RunError for what is damaged.
         """
-        raise RequestError(f'"{cls.name}" writes no model of its own, so that none can be read')
+        raise RequestError(f'"{cls.name}" has no reader for {path}; its card tells what reads it')
 
     def page(
         self, model: nn.Module, passages: list[dict[str, Any]], read: Callable[[Any], Any]
