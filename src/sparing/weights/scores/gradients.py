@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sparing.core import ranks
 from sparing.core.errors import RequestError, RunError
+from sparing.weights.adapter import CHILD
 from sparing.weights.scores.batches import size, tensors, widened
 
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -88,7 +89,7 @@ def _where(model: nn.Module, batch: Any, loss: Loss) -> str:
     def seen(name: str) -> Any:
         def see(module: nn.Module, args: Any, output: Any) -> None:
             if not found and not all(bool(t.isfinite().all()) for t in tensors(output)):
-                found.append(name)
+                found.append(name.partition(f".{CHILD}")[0])  # of an adapter, what it adapts
 
         return see
 
