@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from sparing.experts.sigmoid import SigmoidTopK as SigmoidTopK
     from sparing.experts.statistics import observe as observe
     from sparing.experts.statistics import statistics as statistics
-    from sparing.experts.storage import load as load
     from sparing.experts.storage import save as save
     from sparing.experts.switch import Switch as Switch
     from sparing.experts.top_any import TopAny as TopAny
@@ -38,6 +37,7 @@ if TYPE_CHECKING:
     from sparing.hosts.hf import attach as attach
     from sparing.hosts.lightning import LightningMethods as LightningMethods
     from sparing.hosts.session import Session as Session
+    from sparing.loading import load as load
     from sparing.run.compare.finished import Comparison as Comparison
     from sparing.run.compare.finished import compare as compare
     from sparing.samples import sample_losses as sample_losses
@@ -108,7 +108,7 @@ _HOMES = {
     "follow": "samples.schedule",
     "from_peft_": "weights.peft",
     "indexed": "samples.indexed",
-    "load": "experts.storage",
+    "load": "loading",
     "load_adapter_": "weights.files",
     "merge_": "weights.switching",
     "moefy_": "experts.moefy",

@@ -27,13 +27,16 @@ RATE, BATCH, EPOCHS, ACCUMULATE = 0.05, 4, 2, 2
 
 # the case of each method that acts within a few steps
 CHOSEN = [(name, cases[-1]) for name, cases in CASES.items()]
+# by the loss of some batches, which each host gives before the optimizer exists
+SCORED = ("sparse-adapter", {"kind": "lora", "rank": 4, "keep": 0.5, "score": "snip"})
 QUICK = ("dynmoe", "top-k")
 every_method = pytest.mark.parametrize(
     ("name", "options"),
     [
         pytest.param(name, options, id=name, marks=[] if name in QUICK else [pytest.mark.slow])
         for name, options in CHOSEN
-    ],
+    ]
+    + [pytest.param(*SCORED, id="sparse-adapter-scored")],
 )
 
 

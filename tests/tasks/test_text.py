@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel, T5Config
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from sparing.core.errors import RequestError
+from sparing.core.errors import RequestError, RunError
 from sparing.core.flops import count
 from sparing.core.random_state import random_state
 from sparing.core.task import Task
@@ -48,7 +48,7 @@ def test_before_prepare_it_says_so():
         with pytest.raises(RequestError, match="call prepare"):
             use(Text().train)
     with pytest.raises(RequestError, match="call prepare"):
-        Text().model(0)
+        Text().evaluate(torch.nn.Linear(1, 1))
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_before_prepare_it_says_so():
         ({"dataset": "agnew"}, 'unknown dataset "agnew"; did you mean "agnews"'),
         ({"split": "train"}, "split must be test or development"),
         ({"freeze": "head"}, "freeze must be none or encoder"),
-        ({"encoder": ""}, "encoder must be tiny, minilm or the path"),
+        ({"encoder": ""}, "encoder must be tiny, random, minilm or the path"),
         ({"max_length": 2}, "max_length must be at least 3"),
         ({"max_length": 8.5}, "max_length must be a whole number"),
         ({"eval_batch": 0}, "eval_batch must be at least 1"),
@@ -87,7 +87,10 @@ def test_data_is_the_same_for_every_seed_and_models_are_by_seed(task):
     for name, value in one.state_dict().items():
         assert torch.equal(value, same.state_dict()[name])
     assert not torch.equal(one.classifier.weight, another.classifier.weight)
-    assert not torch.equal(one.get_input_embeddings().weight, another.get_input_embeddings().weight)
+    shared = one.get_input_embeddings().weight
+    assert torch.equal(shared, another.get_input_embeddings().weight)  # the shipped encoder
+    drawn = [Text(encoder="random").model(seed).get_input_embeddings().weight for seed in (1, 2)]
+    assert not torch.equal(drawn[0], drawn[1])
 
 
 # ---- the model -----------------------------------------------------------------------------------
@@ -263,6 +266,46 @@ def test_long_texts_are_shown_by_their_beginning(task):
 # ---- encoders ------------------------------------------------------------------------------------
 
 
+def test_the_shipped_encoder_is_small_and_takes_as_many_tokens_as_it_has_places_for():
+    assert encoders.WEIGHTS.stat().st_size <= 1_000_000
+    model = encoders.build("tiny", 128).eval()
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+    sizes = [p.numel() for p in model.parameters()]
+    assert sum(sizes) == sum(p.numel() for p in encoders.build("random", 128).parameters())
+    with pytest.raises(RequestError, match="takes at most 128 tokens"):
+        Text(max_length=129).prepare(0)
+
+
+def test_a_damaged_shipped_encoder_is_told(monkeypatch, tmp_path):
+    broken = tmp_path / "tiny.safetensors"
+    broken.write_bytes(encoders.WEIGHTS.read_bytes()[:1000])
+    monkeypatch.setattr(encoders, "WEIGHTS", broken)
+    with pytest.raises(RunError, match="install sparing again"):
+        Text().model(0)
+
+
+def test_its_features_tell_the_sources_apart_where_random_ones_do_not(task):
+    """A nearest class mean over the encoder's own means, without any training of a network."""
+
+    def accuracy(encoder: str) -> float:
+        model = Text(encoder=encoder).model(0).eval()
+        found = []
+        for texts, some in zip(task._ready(), (1200, 600), strict=True):
+            index = torch.arange(some) * len(texts) // some
+            batch = texts.batch(index)
+            with torch.no_grad():
+                states = model.encoder(batch["input_ids"], batch["attention_mask"])
+            features = mean(states.last_hidden_state, batch["attention_mask"])
+            found.append((features, batch["labels"]))
+        (known, labels), (asked, truth) = found
+        spread = known.std(0)
+        centres = torch.stack([known[labels == k].mean(0) for k in range(3)])
+        guess = torch.cdist(asked / spread, centres / spread).argmin(1)
+        return float((guess == truth).float().mean())
+
+    assert accuracy("tiny") > accuracy("random") + 0.05
+
+
 @pytest.mark.parametrize("make", [bert, roberta])
 def test_an_encoder_from_a_folder_keeps_its_weights(make, tmp_path, capfd):
     folder = make(tmp_path / "encoder")
@@ -285,7 +328,7 @@ def test_an_encoder_from_a_folder_keeps_its_weights(make, tmp_path, capfd):
 def test_loading_an_encoder_draws_no_bar(tmp_path, capfd):
     folder = bert(tmp_path / "encoder")
     capfd.readouterr()
-    encoders.build(folder, 20)
+    encoders.build(str(folder), 20)
     assert capfd.readouterr().err == ""
 
 
@@ -325,9 +368,9 @@ def test_minilm_is_found_without_importing_its_package(tmp_path, monkeypatch):
     assert encoders.folder("minilm") == package / "model"
 
 
-@pytest.mark.parametrize("kind", ["tiny", "folder"])
+@pytest.mark.parametrize("kind", ["tiny", "random", "folder"])
 def test_an_exported_model_is_whole(kind, tmp_path):
-    encoder = "tiny" if kind == "tiny" else str(bert(tmp_path / "encoder"))
+    encoder = str(bert(tmp_path / "encoder")) if kind == "folder" else kind
     task = Text(encoder=encoder, max_length=20)
     task.prepare(0)
     model = task.model(4).eval()

@@ -185,7 +185,7 @@ def test_bytes_are_tokens_behind_a_mark():
 
 def test_a_tokenizers_marks_are_kept_when_texts_are_cut(tmp_path):
     folder = bert(tmp_path / "encoder")
-    tokens = encoders.tokens(folder, ["the a of self each", "how", ""], 4)
+    tokens = encoders.tokens(str(folder), ["the a of self each", "how", ""], 4)
     expected = ["[CLS]", "the", "a", "[SEP]"], ["[CLS]", "how", "[SEP]"], ["[CLS]", "[SEP]"]
     assert tokens.lengths.tolist() == [4, 3, 2]
     assert tokens.flat.tolist() == [WORDS.index(word) for row in expected for word in row]

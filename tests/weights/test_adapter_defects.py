@@ -65,6 +65,24 @@ def test_magnitude_of_a_zero_factor_says_so_and_keeps_a_part_of_it():
     assert 0 < sum(f.kept for f in b) < sum(f.size for f in b)
 
 
+def test_a_random_mask_is_another_for_another_seed_and_the_same_in_any_precision():
+    # the released shuffle changes nothing
+    masks = []
+    for seed, dtype in ((1, torch.float32), (1, torch.bfloat16), (2, torch.float32)):
+        model = adapted(bert().to(dtype), kind="pfeiffer", score="random", keep=0.3, seed=seed)
+        masks.append([factor.mask() for factor in factors(model).values()])
+    assert all(one.equal(same) for one, same in zip(masks[0], masks[1], strict=True))
+    assert not all(one.equal(other) for one, other in zip(masks[0], masks[2], strict=True))
+
+
+def test_steps_to_a_share_end_there_and_not_at_its_power():
+    # the released loop raises the share to a power twice over, and takes dropped entries back
+    for steps in (1, 3, 7):
+        model = adapted(bert(), kind="lora", score="iterative-snip", iterations=steps, keep=0.3)
+        kept = sum(f.kept for f in factors(model).values())
+        assert kept == round(0.3 * sum(f.size for f in factors(model).values()))
+
+
 @pytest.mark.parametrize("kind", ["lora", "houlsby", "pfeiffer", "parallel"])
 def test_the_pretrained_function_is_not_disturbed_unless_asked_for(kind):
     expected = logits(bert())

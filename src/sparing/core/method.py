@@ -256,7 +256,15 @@ class Method(abc.ABC):
         return 0, 0
 
     def export(self, model: nn.Module, path: Path) -> None:
-        """Write the trained model to the directory ``path``, in the form ``sparing.load`` reads."""
+        """Write the trained model to the directory ``path``, as ``imported`` reads it."""
+
+    @classmethod
+    def imported(cls, path: Path, base: Callable[[], nn.Module]) -> nn.Module:
+        """The model that ``export`` wrote to ``path``; ``base()`` is the one before ``prepare``.
+
+        Raises RequestError for what ``export`` did not write, RunError for what is damaged.
+        """
+        raise RequestError(f'"{cls.name}" has no reader for {path}; its card tells what reads it')
 
     def page(
         self, model: nn.Module, passages: list[dict[str, Any]], read: Callable[[Any], Any]

@@ -30,7 +30,9 @@ class Task(Protocol):
     evaluation, which the arms of a comparison must share. ``documents(model)``, {domain: (n,)
     float64 Tensor}: the metric of each held-out document, whose mean over a domain's documents,
     then over domains, is the metric; comparisons resample them. ``export(model, path)``: writes a
-    trained model that no method has written, to the directory ``path``, whole or not at all.
+    trained model that no method has written, to the directory ``path``, whole or not at all;
+    ``load(path)``: reads it again. ``model_needs_data``: False if ``model`` works before
+    ``prepare``.
     ``show(model, index)``: training samples as a page shows them, a list of {"image" (a data URI)
     or "text", "caption"}, for methods that name samples in their page. ``domain_name``: what a
     domain is called, such as "class"; ``about_metric``: a sentence that says how to read it.

@@ -245,6 +245,12 @@ class RoutedExperts(Method, abc.ABC):
 
         save(model, path)
 
+    @classmethod
+    def imported(cls, path: Path, base: Callable[[], nn.Module]) -> nn.Module:
+        from sparing.experts.storage import load
+
+        return load(path, base)
+
     def page(
         self, model: nn.Module, passages: list[dict[str, Any]], read: Callable[[Any], Any]
     ) -> dict[str, Any]:

@@ -10,9 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -26,10 +26,8 @@ from sparing.experts.layer import expert_layers
 from sparing.experts.method import RoutedExperts
 from sparing.experts.moefy import place_
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-FORMAT = 1
+FORMAT = 2
+"""Format 1 named a class of transformers always; without one, the base has to be given."""
 NOTE = "sparing.json"
 WEIGHTS = "model.safetensors"
 CONFIGS = ("config.json", "generation_config.json")
@@ -43,8 +41,11 @@ def save(model: nn.Module, path: str | Path) -> None:
     All or nothing: an older model at ``path`` is replaced only by a complete new one, and files
     beside it that are not its own (a tokenizer's) stay. With several processes, call it on one.
 
-    Raises RequestError if the model has no expert layers, is not of a class in transformers, or
-    ``path`` holds something else; RunError if it could not be written.
+    A model of a class in transformers is written with its configuration; any other one without,
+    and ``load`` is then given a model to put experts and weights into.
+
+    Raises RequestError if the model has no expert layers or ``path`` holds something else;
+    RunError if it could not be written.
     """
     path = Path(path)
     note = _describe(model)
@@ -54,7 +55,9 @@ def save(model: nn.Module, path: str | Path) -> None:
         raise RequestError(f"{path} is a file; give a directory")
     tensors, note["aliases"] = _tensors(model)
     with replacing(path) as aside:
-        _write_configs(model, aside)
+        aside.mkdir(parents=True, exist_ok=True)
+        if note["class"] is not None:
+            _write_configs(model, aside)
         save_file(tensors, aside / WEIGHTS, metadata={"format": "pt"})
         note["weights"] = _fingerprint(aside / WEIGHTS)
         (aside / NOTE).write_text(json.dumps(note, indent=1) + "\n", encoding="utf-8")
@@ -66,33 +69,25 @@ def save(model: nn.Module, path: str | Path) -> None:
                 shutil.copy2(entry, aside / entry.name)
 
 
-def load(path: str | Path) -> PreTrainedModel:
-    """The model that ``save`` wrote to ``path``: on the CPU, in evaluation, with its own dtypes.
+def load(path: str | Path, base: Callable[[], nn.Module] | None = None) -> nn.Module:
+    """The model that ``save`` wrote to ``path``: in evaluation, with its own dtypes.
 
-    Raises RequestError if there is no such model at ``path``; RunError if it is damaged or cut
-    short, was written by a newer version, or does not fit the installed transformers.
+    ``base()`` makes a model as it was before ``moefy_``, of which the weights do not matter; it is
+    asked for where the model's class is not one of transformers, and changed in place.
+
+    Raises RequestError if there is no such model at ``path``, or no base where one is needed;
+    RunError if it is damaged or cut short, was written by a newer version, or does not fit the
+    installed transformers or the base.
     """
-    import transformers
-
     path = complete(path)
     note = _read_note(path)
     try:
-        model_class = getattr(transformers, note["class"], None)
-        if model_class is None:
-            raise RunError(
-                f"the model at {path} is a {note['class']}, which transformers "
-                f"{transformers.__version__} does not have; it was saved with version "
-                f"{note['transformers']}: install that"
-            )
         if _fingerprint(path / WEIGHTS) != note["weights"]:
             raise _damaged(path, f"{WEIGHTS} does not match its size and checksum")
         tensors = load_file(path / WEIGHTS)
         for name, kept in note["aliases"].items():
             tensors[name] = tensors[kept]
-        config = model_class.config_class.from_pretrained(path)
-        config._attn_implementation = note["attention"]
-        with torch.random.fork_rng(devices=[]):
-            model = model_class(config)
+        model = _empty(path, note, base)
         for surgery in note["surgeries"]:
             method = registry.method(surgery["method"]).from_dict(surgery["options"])
             if not isinstance(method, RoutedExperts):
@@ -102,9 +97,35 @@ def load(path: str | Path) -> PreTrainedModel:
         raise _damaged(path, f"{type(error).__name__}: {error}") from error
     _fill_(model, tensors, path)
     if (path / CONFIGS[1]).is_file():
-        model.generation_config = transformers.GenerationConfig.from_pretrained(path)
-    loaded: PreTrainedModel = model.eval()
+        from transformers import GenerationConfig
+
+        model.generation_config = GenerationConfig.from_pretrained(path)
+    loaded: nn.Module = model.eval()
     return loaded
+
+
+def _empty(path: Path, note: Mapping[str, Any], base: Callable[[], nn.Module] | None) -> Any:
+    """The model as it was before ``moefy_``, its weights still to come."""
+    if note["class"] is None:
+        if base is None:
+            raise RequestError(
+                f"the model at {path} is of no class in transformers, so that only its weights "
+                "were saved; give a model as it was before moefy_: sparing.load(path, model=...)"
+            )
+        return base()
+    import transformers
+
+    model_class = getattr(transformers, note["class"], None)
+    if model_class is None:
+        raise RunError(
+            f"the model at {path} is a {note['class']}, which transformers "
+            f"{transformers.__version__} does not have; it was saved with version "
+            f"{note['transformers']}: install that"
+        )
+    config = model_class.config_class.from_pretrained(path)
+    config._attn_implementation = note["attention"]
+    with torch.random.fork_rng(devices=[]):
+        return model_class(config)
 
 
 def _describe(model: nn.Module) -> dict[str, Any]:
@@ -118,20 +139,14 @@ def _describe(model: nn.Module) -> dict[str, Any]:
             f"this model was not changed by sparing.moefy_ ({has}); call moefy_ on what you save"
         )
     name = type(model).__name__
-    if not isinstance(model, transformers.PreTrainedModel) or (
-        getattr(transformers, name, None) is not type(model)
-    ):
-        raise RequestError(
-            f"only models of a class in transformers can be saved and loaded again by their "
-            f"name, and {name} is none; keep its state_dict() instead"
-        )
+    known = getattr(transformers, name, None) is type(model)
     for surgery in surgeries:
         registry.method_record(surgery["method"])
     return {
-        "format": FORMAT,
-        "class": name,
+        "format": FORMAT if not known else 1,  # which earlier versions read
+        "class": name if known else None,
         "transformers": transformers.__version__,
-        "attention": model.config._attn_implementation,
+        "attention": model.config._attn_implementation if known else None,  # type: ignore[union-attr]
         "surgeries": surgeries,
     }
 
@@ -193,8 +208,6 @@ def _read_note(path: Path) -> dict[str, Any]:
     if not path.is_dir():
         raise RequestError(f"there is no directory {path}; load takes what save wrote")
     if not (path / NOTE).is_file():
-        if (path / "model" / NOTE).is_file():
-            raise RequestError(f"{path} is a run; its model is at {path / 'model'}")
         if (path / CONFIGS[0]).is_file():
             raise RequestError(
                 f"{path} holds a Hugging Face model without {NOTE}; load it with "

@@ -18,8 +18,7 @@ share. Lightning therefore has no sampler to wrap for ranks.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
-from contextvars import ContextVar
+from contextlib import ExitStack
 from typing import Any, final
 
 import torch
@@ -36,6 +35,7 @@ from sparing.hosts.epochs import Epochs, Geometry
 from sparing.hosts.following import Following
 from sparing.hosts.groups import regroup_
 from sparing.hosts.host import Host
+from sparing.hosts.lightning_trying import TRIED, loss_of, tried_by
 
 try:
     from lightning.pytorch import Callback
@@ -44,10 +44,6 @@ except ModuleNotFoundError as error:
         f'methods in Lightning need "{error.name}": pip install "sparing[lightning]"',
         name=error.name,
     ) from error
-
-# where ``loss`` puts what it is given while a training_step is only tried: copies of a module may
-# hold this callback or a copy of it
-_TRIED: ContextVar[list[tuple[Tensor, Any]] | None] = ContextVar("_TRIED", default=None)
 
 
 @final
@@ -94,7 +90,7 @@ class LightningMethods(Callback, Host):  # type: ignore[misc]
 
         Raises RequestError for losses that are reduced, and outside of training.
         """
-        tried = _TRIED.get()
+        tried = TRIED.get()
         if tried is not None:
             tried.append((losses, outputs))
             return losses.mean()
@@ -202,7 +198,7 @@ class LightningMethods(Callback, Host):  # type: ignore[misc]
         if trainer.max_steps > 0:
             planned = trainer.max_steps if planned is None else min(planned, trainer.max_steps)
         self.clock.steps, self.clock.epochs = planned, epochs
-        self.epochs = Epochs(
+        self.epochs = planned_epochs = Epochs(
             self.methods, size=size, geometry=geometry, order=self._sampled, clock=self.clock
         )
         device = trainer.strategy.root_device
@@ -212,6 +208,8 @@ class LightningMethods(Callback, Host):  # type: ignore[misc]
             dtype=lightning_requests.dtype(trainer.precision),
             device=str(device),
             world_size=trainer.world_size,
+            batches=lambda: planned_epochs.shuffled(by=self.seed, **self._reading(workers=0)),
+            loss=lambda model, batch: loss_of(module, model, batch),
         )
         for method in self.methods:
             prepared = method.prepare(lightning_requests.model_of(module), setup)
@@ -250,7 +248,7 @@ class LightningMethods(Callback, Host):  # type: ignore[misc]
         def losses(model: Any, batch: Any) -> tuple[Tensor, Any]:
             model.trainer = trainer
             with trainer.precision_plugin.train_step_context():
-                return _tried(model, batch)
+                return tried_by(model, batch)
 
         rehearse(
             module,
@@ -346,7 +344,7 @@ class LightningMethods(Callback, Host):  # type: ignore[misc]
         self._count(pl_module, batch, self._context)
 
     def _mean_loss(self, model: nn.Module, batch: Any) -> Tensor:
-        return _tried(model, batch)[0].mean()
+        return tried_by(model, batch)[0].mean()
 
     def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
         """Note the position in the plan, which the schedule of the rate is about to ask for."""
@@ -443,29 +441,3 @@ class _Dealt:
         assert methods.epochs is not None
         for batch, context in methods.epochs.batches(**methods._reading()):
             yield batch, _Carried(context)
-
-
-def _tried(module: Any, batch: Any) -> tuple[Tensor, Any]:
-    """What a ``training_step`` gives to ``loss``, without logging."""
-    tried: list[tuple[Tensor, Any]] = []
-    token = _TRIED.set(tried)
-    try:
-        with _quiet(module):
-            module.training_step(batch, 0)
-    finally:
-        _TRIED.reset(token)
-    if len(tried) != 1:
-        raise RequestError(
-            f"training_step called methods.loss {len(tried)} times for one batch; it must return "
-            "methods.loss(losses, outputs), once, of one loss for each sample"
-        )
-    return tried[0]
-
-
-@contextmanager
-def _quiet(module: Any) -> Iterator[None]:
-    module.log = module.log_dict = lambda *given, **named: None
-    try:
-        yield
-    finally:
-        del module.log, module.log_dict

@@ -6,7 +6,7 @@ He et al., Findings of EMNLP 2022, arXiv 2210.04284.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self, final
 
@@ -20,7 +20,7 @@ from sparing.weights.adapter import attach_
 from sparing.weights.build import parts as build
 from sparing.weights.build import spots
 from sparing.weights.factor import Factor
-from sparing.weights.files import save_adapter, stored_bytes
+from sparing.weights.files import load_adapter_, save_adapter, stored_bytes
 from sparing.weights.installed import base_parameters, merged, names, note_of, parts, trained
 from sparing.weights.installing import installing
 from sparing.weights.options import Options, require_name
@@ -166,6 +166,10 @@ class SparseAdapter(Method):
         save_adapter(model, path, name=self.options.name)
         whole = sum(p.numel() * p.element_size() for p in base_parameters(model).values())
         self._written = sum(file.stat().st_size for file in path.iterdir()), whole
+
+    @classmethod
+    def imported(cls, path: Path, base: Callable[[], nn.Module]) -> nn.Module:
+        return load_adapter_(base(), path)
 
     def page(self, model: nn.Module, passages: list[dict[str, Any]], read: Any) -> dict[str, Any]:
         """``kept``: by matrix its shape, how many entries exist, and where, coarsely."""

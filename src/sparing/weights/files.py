@@ -104,6 +104,15 @@ def load_adapter_(
     return model
 
 
+def holds_adapter(path: Path) -> bool:
+    """Whether ``save_adapter`` wrote what is at ``path``; it is not read any further."""
+    try:
+        meta = state.read(path).meta
+    except RunError:
+        return False
+    return isinstance(meta, dict) and meta.get("what") == WHAT
+
+
 def stored_bytes(model: nn.Module, name: str = "default") -> tuple[int, int]:
     """Bytes of an adapter's values and masks on disk, and of the same adapter without masks.
 

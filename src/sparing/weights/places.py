@@ -36,8 +36,6 @@ _QUERY_VALUE = (
     ("qkv",),
     ("Wqkv",),
 )
-_ATTENTION = ("self_attn", "attn", "attention")
-_OUT = ("o_proj", "out_proj", "c_proj", "out_lin", "proj", "dense")
 
 
 @final
@@ -67,87 +65,106 @@ class Block:
         return by_kind.get(kind, self.parallel)
 
 
+@final
+@dataclass(frozen=True, slots=True)
+class Family:
+    """What a transformer layer of one build consists of, by the names of modules below it.
+
+    ``has``: modules that tell it. ``out``: a linear layer that gives the layer's own size.
+    ``houlsby`` names the two places of sequential bottlenecks, ``pfeiffer`` and ``parallel`` a
+    place and the kind of bottleneck that stands there; "" is the layer itself.
+    """
+
+    has: tuple[str, ...]
+    attention: str
+    out: str
+    houlsby: tuple[str, str]
+    pfeiffer: tuple[str, str]
+    parallel: tuple[str, str]
+
+
+def _residual(attention: str, out: str, after: str) -> Family:
+    return Family(
+        has=("mlp", f"{attention}.{after}"),
+        attention=attention,
+        out=f"{attention}.{out}",
+        houlsby=(f"{attention}.{after}", "mlp"),
+        pfeiffer=("", "sequential"),
+        parallel=("mlp", "parallel"),
+    )
+
+
+FAMILIES: tuple[Family, ...] = (
+    # BERT, RoBERTa, ELECTRA, MiniLM: norms after each residual, feed-forward in two modules
+    Family(
+        has=(
+            "attention.output.LayerNorm",
+            "attention.output.dropout",
+            "intermediate",
+            "output.LayerNorm",
+            "output.dropout",
+        ),
+        attention="attention.self",
+        out="output.dense",
+        houlsby=("attention.output.dropout", "output.dropout"),
+        pfeiffer=("output.LayerNorm", "inside-norm"),
+        parallel=("output", "parallel-residual"),
+    ),
+    # DistilBERT: norms after each residual, feed-forward in one module
+    Family(
+        has=("ffn", "output_layer_norm"),
+        attention="attention",
+        out="attention.out_lin",
+        houlsby=("attention.out_lin", "ffn"),
+        pfeiffer=("output_layer_norm", "inside-norm"),
+        parallel=("ffn", "parallel"),
+    ),
+    # LLaMA, Qwen, Mistral, GPT-2, ViT: norms inside of the residuals, a module ``mlp``
+    *(
+        _residual(attention, out, after)
+        for attention in ("self_attn", "attn", "attention")
+        for out in ("o_proj", "out_proj", "c_proj", "out_lin", "proj", "dense")
+        for after in ("resid_dropout", out)
+    ),
+)
+"""Tried in this order."""
+
+
 def blocks(model: nn.Module) -> list[Block]:
-    """The transformer layers of a model that are of a known structure, in order."""
+    """The transformer layers of a model that are of a known family, in order."""
+    modules = own_modules(model)
     found = []
-    for path, module in own_modules(model).items():
-        block = _bert(path, module) or _distilbert(path, module) or _residual(path, module)
+    for path in modules:
+        known = (_block(modules, path, family) for family in FAMILIES)
+        block = next((block for block in known if block is not None), None)
         if block is not None:
             found.append(block)
     return found
 
 
+def _block(modules: Mapping[str, nn.Module], path: str, family: Family) -> Block | None:
+    """The layer at ``path`` as one of the family, None if it is not."""
+    if any(_join(path, name) not in modules for name in (*family.has, family.attention)):
+        return None
+    known = _sizes(modules.get(_join(path, family.out)))
+    if known is None:
+        return None
+    dims = (known[1], known[1])
+
+    def spot(name: str, kind: str) -> Spot:
+        return Spot(_join(path, name), kind, dims)
+
+    houlsby = tuple(spot(name, "sequential") for name in family.houlsby)
+    pfeiffer, parallel = (spot(*family.pfeiffer),), (spot(*family.parallel),)
+    # a container calls its children one after the other: nothing can be attached to it
+    if any(isinstance(modules[s.path], nn.Sequential) for s in (*houlsby, *pfeiffer, *parallel)):
+        return None
+    return Block(path, _join(path, family.attention), houlsby, pfeiffer, parallel)
+
+
 def own_modules(model: nn.Module) -> dict[str, nn.Module]:
     """All modules of the base by name, without adapters."""
     return {path: module for path, module in model.named_modules() if CHILD not in path.split(".")}
-
-
-def _bert(path: str, layer: nn.Module) -> Block | None:
-    """BERT, RoBERTa, ELECTRA, MiniLM: norms after each residual, feed-forward in two modules."""
-    attention, output = _part(layer, "attention"), _part(layer, "output")
-    first, inner = _part(attention, "output"), _part(attention, "self")
-    split = _part(layer, "intermediate")
-    dense = _part(output, "dense")
-    if None in (first, inner, split) or not isinstance(dense, nn.Linear):
-        return None
-    if not all(_part(part, name) for part in (first, output) for name in ("LayerNorm", "dropout")):
-        return None
-    dim = dense.out_features
-    return Block(
-        path=path,
-        attention=_join(path, "attention.self"),
-        houlsby=tuple(
-            Spot(_join(path, place), "sequential", (dim, dim))
-            for place in ("attention.output.dropout", "output.dropout")
-        ),
-        pfeiffer=(Spot(_join(path, "output.LayerNorm"), "inside-norm", (dim, dim)),),
-        parallel=(Spot(_join(path, "output"), "parallel-residual", (dim, dim)),),
-    )
-
-
-def _distilbert(path: str, layer: nn.Module) -> Block | None:
-    """DistilBERT: norms after each residual, feed-forward in one module."""
-    attention, ffn = _part(layer, "attention"), _part(layer, "ffn")
-    out = _part(attention, "out_lin")
-    if ffn is None or _part(layer, "output_layer_norm") is None or not isinstance(out, nn.Linear):
-        return None
-    dim = out.out_features
-    return Block(
-        path=path,
-        attention=_join(path, "attention"),
-        houlsby=tuple(
-            Spot(_join(path, place), "sequential", (dim, dim))
-            for place in ("attention.out_lin", "ffn")
-        ),
-        pfeiffer=(Spot(_join(path, "output_layer_norm"), "inside-norm", (dim, dim)),),
-        parallel=(Spot(_join(path, "ffn"), "parallel", (dim, dim)),),
-    )
-
-
-def _residual(path: str, layer: nn.Module) -> Block | None:
-    """LLaMA, Qwen, Mistral, GPT-2, ViT: norms inside of the residuals, a module ``mlp``."""
-    mlp = _part(layer, "mlp")
-    name = next((name for name in _ATTENTION if _part(layer, name) is not None), None)
-    if mlp is None or name is None or isinstance(mlp, nn.Sequential):
-        return None
-    attention = _part(layer, name)
-    out = next((part for part in _OUT if _sizes(_part(attention, part)) is not None), None)
-    if out is None:
-        return None
-    known = _sizes(_part(attention, out))
-    assert known is not None
-    dim = known[1]
-    after = "resid_dropout" if _part(attention, "resid_dropout") is not None else out
-    return Block(
-        path=path,
-        attention=_join(path, name),
-        houlsby=tuple(
-            Spot(_join(path, place), "sequential", (dim, dim))
-            for place in (f"{name}.{after}", "mlp")
-        ),
-        pfeiffer=(Spot(path, "sequential", (dim, dim)),),
-        parallel=(Spot(_join(path, "mlp"), "parallel", (dim, dim)),),
-    )
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -321,4 +338,4 @@ def _part(module: nn.Module | None, name: str) -> nn.Module | None:
 
 
 def _join(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name
+    return f"{path}.{name}" if path and name else path or name

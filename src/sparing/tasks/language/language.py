@@ -10,6 +10,7 @@ from typing import Any, ClassVar, final
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from sparing.core.errors import RequestError, nearest
@@ -39,6 +40,7 @@ class Language:
     Options: ClassVar[type[Any]] = LanguageOptions
     metric: ClassVar[str] = "bits_per_byte"
     higher_is_better: ClassVar[bool] = False
+    model_needs_data: ClassVar[bool] = False
     evaluation: ClassVar[tuple[str, ...]] = ("domains", "split", "seq_len", "eval_windows", "vocab")
     about_metric: ClassVar[str] = (
         "Bits per byte is how many bits the model needs, on average, to store a byte of text that "
@@ -187,6 +189,16 @@ class Language:
         saved: Any = model
         with replacing(path) as aside:
             saved.save_pretrained(aside)
+
+    def load(self, path: Path) -> nn.Module:
+        """What ``export`` wrote, in evaluation mode. Raises RequestError if it cannot be read."""
+        from transformers import AutoModelForCausalLM
+
+        try:
+            model: nn.Module = AutoModelForCausalLM.from_pretrained(path, local_files_only=True)
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            raise RequestError(f"there is no whole language model in {path}: {error}") from error
+        return model.eval()
 
     def references(self) -> dict[str, dict[str, float]]:
         """Bits per byte of 5-gram models and xz, by domain and ``"mean"``; see ``reference``."""

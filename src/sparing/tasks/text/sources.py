@@ -21,6 +21,7 @@ AGNEWS_FILE: Final = "agnews_7600.csv.xz"
 FOLDER: Final = "text-classification"
 
 PASSAGES: Final = {"shakespeare": "Shakespeare", "gsm8k": "maths problem", "python": "Python"}
+CLASSES: Final = {"passages": tuple(PASSAGES.values()), "agnews": AGNEWS}
 PASSAGE: Final = 24
 """Characters of a passage: so few that some tell nothing of their source."""
 PER_SOURCE: Final = 2000
@@ -62,27 +63,35 @@ def load(dataset: str) -> Source:
     return _passages() if dataset == "passages" else _agnews()
 
 
+def running(name: str) -> str:
+    """The training text of a domain that passages are cut from, white space as single spaces.
+
+    Raises RequestError if it is not at hand.
+    """
+    try:
+        (whole,) = corpus.load([name]).values()
+    except RequestError as error:
+        raise RequestError(
+            f"the passages of {PASSAGES[name]} cannot be made: {str(error).partition(';')[0]}; "
+            "install them, or take other texts: -s task.dataset=agnews"
+        ) from error
+    return " ".join(whole.train.decode("utf-8", "ignore").split())
+
+
 def _passages() -> Source:
     """Pieces of ``PASSAGE`` characters from all over each text, white space as single spaces."""
     texts: list[str] = []
     labels: list[int] = []
     for label, name in enumerate(PASSAGES):
-        try:
-            (whole,) = corpus.load([name]).values()
-        except RequestError as error:
-            raise RequestError(
-                f"the passages of {PASSAGES[name]} cannot be made: {str(error).partition(';')[0]}; "
-                "install them, or take other texts: -s task.dataset=agnews"
-            ) from error
-        running = " ".join(whole.train.decode("utf-8", "ignore").split())
-        count = min(PER_SOURCE, len(running) // PASSAGE)
-        starts = [i * len(running) // count for i in range(count)]
-        texts += [running[start : start + PASSAGE].strip() for start in starts]
+        whole = running(name)
+        count = min(PER_SOURCE, len(whole) // PASSAGE)
+        starts = [i * len(whole) // count for i in range(count)]
+        texts += [whole[start : start + PASSAGE].strip() for start in starts]
         labels += [label] * count
     return Source(
         data=Labelled(texts=tuple(texts), labels=torch.tensor(labels)),
         keys=tuple(texts),
-        classes=tuple(PASSAGES.values()),
+        classes=CLASSES["passages"],
         remark=f"Passages of {PASSAGE} characters from Shakespeare, maths problems (GSM8K) and "
         "Python's standard library, to be put with their source.",
     )

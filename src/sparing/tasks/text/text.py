@@ -41,6 +41,7 @@ class Text:
     higher_is_better: ClassVar[bool] = True
     evaluation: ClassVar[tuple[str, ...]] = ("dataset", "split", "max_length")
     domain_name: ClassVar[str] = "class"
+    model_needs_data: ClassVar[bool] = False
     about_metric: ClassVar[str] = (
         "Accuracy is the percentage of texts that the model has not seen and puts into the right "
         "class, the mean over classes: higher is better."
@@ -57,7 +58,6 @@ class Text:
         self.tokens_per_sample: int = 1
         self.train: Samples = Unprepared("text")
         self.remark = ""
-        self._folder: Path | None = None
         self._texts: Texts | None = None
         self._held_out: Texts | None = None
 
@@ -67,7 +67,7 @@ class Text:
         Raises RequestError if the data set or the encoder is not at hand, or cannot be read.
         """
         options = self.options
-        folder = encoders.folder(options.encoder)
+        encoders.folder(options.encoder)  # before the data is read
         source = sources.load(options.dataset)
         parts = split(source.keys, source.data.labels)
         chosen = parts.test if options.split == "test" else parts.development
@@ -80,8 +80,9 @@ class Text:
                     f'{options.dataset} has too few texts of the class "{missing}": '
                     "each class needs some to train on and some to hold out"
                 )
-            made.append(Texts(part, encoders.tokens(folder, part.texts, options.max_length)))
-        self._folder = folder
+            made.append(
+                Texts(part, encoders.tokens(options.encoder, part.texts, options.max_length))
+            )
         self.train = self._texts = made[0]
         self._held_out = made[1]
         self.domains = source.classes
@@ -100,16 +101,15 @@ class Text:
         The global generators stay as they were. Raises RequestError for a folder that holds no
         encoder.
         """
-        self._ready()
         from sparing.tasks.text.classifier import TextClassifier
 
         with torch.random.fork_rng(devices=[]):
             # Not torch.manual_seed: that would seed the accelerators' generators too.
             torch.default_generator.manual_seed(seed)
-            encoder = encoders.build(self._folder, self.options.max_length)
+            encoder = encoders.build(self.options.encoder, self.options.max_length)
             # again, so that the new layer does not depend on what the encoder drew
             torch.default_generator.manual_seed(seed)
-            model = TextClassifier(encoder, len(self.domains))
+            model = TextClassifier(encoder, len(sources.CLASSES[self.options.dataset]))
         if self.options.freeze == "encoder":
             model.encoder.requires_grad_(False)
         return model
@@ -163,7 +163,14 @@ class Text:
         """Write the classifier as ``saved.read`` reads it, whole or not at all."""
         from sparing.tasks.text import saved
 
-        saved.write(model, path, self.domains, self.options.max_length, self._folder)
+        folder = encoders.folder(self.options.encoder)
+        saved.write(model, path, self.domains, self.options.max_length, folder)
+
+    def load(self, path: Path) -> nn.Module:
+        """What ``export`` wrote, in evaluation mode. Raises RequestError if it cannot be read."""
+        from sparing.tasks.text import saved
+
+        return saved.read(path)[0]
 
     def references(self) -> dict[str, dict[str, float]]:
         """Accuracy of simple known methods, by class and ``"mean"``; see ``reference``."""

@@ -13,9 +13,9 @@ from torch import Tensor
 MULTIPLE: Final = 8
 """Batches are as long as their longest text, rounded up to this: few shapes, little padding."""
 PAD: Final = 0
-_BEGIN: Final = 1
-_FIRST_BYTE: Final = 2
-BYTE_VOCABULARY: Final = _FIRST_BYTE + 256
+BEGIN: Final = 1
+FIRST_BYTE: Final = 2
+BYTE_VOCABULARY: Final = FIRST_BYTE + 256
 
 
 @final
@@ -61,7 +61,6 @@ class Tokens:
 def of_bytes(texts: Sequence[str], max_length: int) -> Tokens:
     """A mark of the beginning, then one token for each byte of UTF-8."""
     rows = (
-        [_BEGIN, *(byte + _FIRST_BYTE for byte in text.encode()[: max_length - 1])]
-        for text in texts
+        [BEGIN, *(byte + FIRST_BYTE for byte in text.encode()[: max_length - 1])] for text in texts
     )
     return Tokens.of(rows, pad=PAD, most=max_length)

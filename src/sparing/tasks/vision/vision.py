@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any, ClassVar, final
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from sparing.core.errors import RequestError, nearest
@@ -154,6 +157,26 @@ class Vision:
             tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
             atomic_save(aside / "model.safetensors", tensors)
             atomic_write_json(aside / "config.json", about)
+
+    def load(self, path: Path) -> nn.Module:
+        """What ``export`` wrote, in evaluation mode. Raises RequestError if it cannot be read."""
+        try:
+            about = json.loads((path / "config.json").read_text(encoding="utf-8"))
+            tensors = load_file(path / "model.safetensors")
+            model = ResNet(
+                mean=tensors["mean"].flatten(),
+                std=tensors["std"].flatten(),
+                classes=len(about["classes"]),
+                widths=tuple(about["widths"]),
+                blocks=about["blocks"],
+                stem_stride=about["stem_stride"],
+            )
+            model.load_state_dict(tensors)
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+            raise RequestError(
+                f"there is no whole image classifier in {path}: {str(error).splitlines()[0]}"
+            ) from error
+        return model.eval()
 
     def references(self) -> dict[str, dict[str, float]]:
         """Accuracy of simple known methods, by class and ``"mean"``; see ``reference``."""

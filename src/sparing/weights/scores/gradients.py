@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from sparing.core import ranks
 from sparing.core.errors import RequestError, RunError
-from sparing.weights.scores.batches import size, widened
+from sparing.weights.adapter import CHILD
+from sparing.weights.scores.batches import size, tensors, widened
 
 Loss = Callable[[nn.Module, Any], Tensor]
 Named = Mapping[str, nn.Parameter]
@@ -68,8 +69,9 @@ def loss_of(model: nn.Module, batch: Any, loss: Loss, number: int) -> Tensor:
         raise RequestError(f"loss(model, batch) must give one number as a tensor, got {what}")
     if not math.isfinite(float(value.detach())):
         raise RunError(
-            f"the loss of scoring batch {number} is {float(value.detach())}; no parameter can be "
-            f"scored by it: check the data and the model"
+            f"the loss of scoring batch {number} is {float(value.detach())}"
+            f"{_where(model, widened(batch), loss)}; no parameter can be scored by it: check the "
+            f"data and the model"
         )
     if not value.requires_grad:
         raise RequestError(
@@ -77,6 +79,29 @@ def loss_of(model: nn.Module, batch: Any, loss: Loss, number: int) -> Tensor:
             "of the model given to loss(model, batch), without detaching it"
         )
     return value.reshape(())
+
+
+@torch.no_grad()
+def _where(model: nn.Module, batch: Any, loss: Loss) -> str:
+    """Which module is the first to give what is not finite, for a message; "" for none."""
+    found: list[str] = []
+
+    def seen(name: str) -> Any:
+        def see(module: nn.Module, args: Any, output: Any) -> None:
+            if not found and not all(bool(t.isfinite().all()) for t in tensors(output)):
+                found.append(name.partition(f".{CHILD}")[0])  # of an adapter, what it adapts
+
+        return see
+
+    handles = [
+        module.register_forward_hook(seen(name)) for name, module in model.named_modules() if name
+    ]
+    try:
+        loss(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return f' (the first layer whose output is not finite is "{found[0]}")' if found else ""
 
 
 def zero_factors(named: Named, zero: Iterable[str] | None) -> list[str]:
