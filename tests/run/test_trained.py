@@ -57,11 +57,13 @@ def test_a_run_of_each_recipe_is_loaded_and_measures_the_same(name, smoke_run):
     [
         {"sparse-adapter": {"kind": "lora", "keep": 0.5, "score": "random"}},
         {"sparse-adapter": {"kind": "houlsby", "pattern": "unit", "keep": 0.5, "width": 4}},
+        {"peft": {"kind": "lora", "r": 2}},
+        {"peft": {"kind": "shira", "r": 2}},
         {"top-k": {"experts": 2, "k": 1}},
         {"dynmoe": {"max_experts": 3}},
         {},
     ],
-    ids=["lora", "units", "top-k", "dynmoe", "full"],
+    ids=["lora", "units", "peft-lora", "peft-shira", "top-k", "dynmoe", "full"],
 )
 def test_what_is_trained_on_texts_comes_back_without_its_data(method, tmp_path, monkeypatch):
     recipe = text(f"methods={json.dumps(method)}")

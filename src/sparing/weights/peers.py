@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, final
@@ -219,6 +219,12 @@ class Peft(Method):
         whole = sum(p.numel() * p.element_size() for p in model.parameters())
         whole -= sum(p.numel() * p.element_size() for p in _values(model, self.options.kind))
         self._written = sum(file.stat().st_size for file in path.iterdir()), whole
+
+    @classmethod
+    def imported(cls, path: Path, base: Callable[[], nn.Module]) -> nn.Module:
+        """The base under PEFT's own ``PeftModel``."""
+        model: nn.Module = _peft().PeftModel.from_pretrained(base(), str(path))
+        return model
 
 
 def _peft() -> Any:
