@@ -62,7 +62,8 @@ def norms(rows: Tensor) -> Tensor:
     if rows.device.type == "cpu" and rows.dtype == wide and rows.is_contiguous():
         plain = rows.detach().numpy()  # more than twice as fast as vector_norm for short rows
         return torch.from_numpy(np.sqrt(np.einsum("nd,nd->n", plain, plain)))
-    return torch.linalg.vector_norm(rows, dim=1, dtype=wide)
+    length: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=wide)
+    return length
 
 
 @torch.no_grad()

@@ -61,7 +61,6 @@ class CowClip(Method):
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         *,
-        scaler: Any = None,
         clip: float | None = None,
         others: bool = False,
         **options: Any,
@@ -71,19 +70,18 @@ class CowClip(Method):
         Args:
             model: with the tables, already on its device.
             optimizer: has them among its parameters.
-            scaler: the ``GradScaler``, if there is one; call ``scaler.unscale_(optimizer)`` before
-                ``scaler.step(optimizer)``, so that gradients have their true size here.
             clip: largest global gradient norm, applied after the rows' clip.
-            others: that gradients may be changed between backward and step by something else than
-                the scaler. Without it such a change, as by a global clip before ours, is refused.
+            others: that something else may change gradients between backward and step. Without
+                it such a change, as by a global clip before ours, is refused.
             options: of the method.
 
         Returns the method: ``signals()``, ``state_dict()``, ``account(ledger)``; ``remove()`` ends
-        it. Raises RequestError for options that change what the optimizer was built with, and for
+        it. A ``GradScaler`` works as ever: ``scaler.step`` unscales before it calls the step.
+        Raises RequestError for options that change what the optimizer was built with, and for
         tables with sparse gradients whose optimizer takes none.
         """
         method = cls(**options)
-        direct.install(method, model, optimizer, scaler=scaler, clip=clip, others=others)
+        direct.install(method, model, optimizer, clip=clip, others=others)
         return method
 
     def remove(self) -> None:

@@ -22,7 +22,6 @@ def install(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     *,
-    scaler: Any,
     clip: float | None,
     others: bool,
 ) -> None:
@@ -57,8 +56,13 @@ def install(
         handles.append(table.weight.register_post_accumulate_grad_hook(hook))  # type: ignore[no-untyped-call]
 
     def before(*_: Any) -> None:
+        if getattr(inner, "grad_scale", None) is not None:  # of optimizers that unscale in a step
+            raise RequestError(
+                f"the gradients are still scaled, and {type(inner).__name__} would unscale them "
+                "after CowClip: call scaler.unscale_(optimizer) before scaler.step(optimizer)"
+            )
         if not others and not ranks.distributed():
-            _check_untouched(method, 0 if scaler is None else 1)
+            _check_untouched(method)
         method.grads(model.named_parameters(), None)
         if clip is not None:
             parameters = [p for group in inner.param_groups for p in group["params"]]
@@ -74,23 +78,20 @@ def install(
     method._handles = handles
 
 
-def _check_untouched(method: CowClip, by_scaler: int) -> None:
-    """Whoever changes a gradient between backward and here most likely clips it."""
+def _check_untouched(method: CowClip) -> None:
+    """Whoever changes a gradient between backward and here most likely clips it.
+
+    A GradScaler's unscaling leaves no trace, as it should.
+    """
     for table in method.tables:
         grad, lookups = table.weight.grad, table.lookups
         assert lookups is not None
         if grad is None or lookups.version is None or grad.is_sparse:
             continue
-        changes = grad._version - lookups.version
-        if changes > by_scaler:
+        if grad._version != lookups.version:
             raise RequestError(
                 f"the gradient of table {table.name} was changed between backward and "
-                "optimizer.step(): a global clip before CowClip sees what rows would never have "
-                "had. Remove clip_grad_norm_ and give direct(..., clip=max_norm), which comes "
-                "after; with a GradScaler give scaler=; others=True if it has to be so"
-            )
-        if by_scaler and not changes:
-            raise RequestError(
-                f"the gradient of table {table.name} is still scaled: call "
-                "scaler.unscale_(optimizer) before scaler.step(optimizer)"
+                "optimizer.step(): a global clip before CowClip sees rows that CowClip has yet to "
+                "clip. Remove clip_grad_norm_ and give direct(..., clip=max_norm), which comes "
+                "after; others=True if it has to be so"
             )
