@@ -223,6 +223,11 @@ OPTIMIZERS: Final[tuple[Record, ...]] = (
         target="sparing.updates.muon:Muon",
         summary="Orthogonalised momentum for single and stacked matrices, AdamW for the rest.",
     ),
+    Record(
+        name="rowwise",
+        target="sparing.updates.rowwise:RowWise",
+        summary="Adagrad or Adam with one second moment a table row, AdamW for the rest.",
+    ),
 )
 
 KINDS: Final[dict[str, tuple[Record, ...]]] = {
