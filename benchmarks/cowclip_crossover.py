@@ -52,8 +52,7 @@ def points() -> Any:
 
 def auto(ids: Tensor, grad: Tensor, weight: Tensor, threshold: Threshold) -> None:
     found = occurrences.count(ids, len(weight), "auto")
-    occurring = int(found.counts.count_nonzero())
-    form = "rows" if occurring <= cowclip.ROWS_UP_TO * found.rows else "dense"
+    form = "rows" if found.occurring() <= cowclip.ROWS_UP_TO * found.rows else "dense"
     clip_(grad, weight, found, threshold, form)
 
 

@@ -25,7 +25,7 @@ from sparing.updates.options import CowClipOptions
 from sparing.updates.tables import Table
 
 ROWS_UP_TO = 0.3
-"""Occurring rows over all rows up to which only they are read; see cowclip_crossover.json."""
+"""Occurring rows over all rows up to which only they are read; benchmarks/cowclip_crossover.py."""
 
 
 @final
@@ -202,8 +202,7 @@ class CowClip(Method):
     def _form(self, found: Occurrences) -> str:
         if self.options.mode != "auto":
             return self.options.mode
-        occurring = int(found.counts.count_nonzero())
-        return "rows" if occurring <= ROWS_UP_TO * found.rows else "dense"
+        return "rows" if found.occurring() <= ROWS_UP_TO * found.rows else "dense"
 
     def _check_ran(self, table: Table, found: Occurrences) -> None:
         """A gradient without a single lookup ever, on any rank, came past the module."""

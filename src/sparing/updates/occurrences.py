@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-SORTED_UP_TO = 0.5
-"""Lookups over rows up to which ids are sorted; see benchmarks/records/cowclip_crossover.json."""
+SORTED_UP_TO = 0.3
+"""Lookups over rows up to which ids are sorted; benchmarks/cowclip_crossover.py measures it."""
 
 
 @final
@@ -23,6 +23,10 @@ class Occurrences(NamedTuple):
     rows: int
     ids: Tensor | None
     counts: Tensor
+
+    def occurring(self) -> int:
+        """How many ids occur."""
+        return len(self.counts) if self.ids is not None else int(self.counts.count_nonzero())
 
     def sorted(self) -> tuple[Tensor, Tensor]:
         """The ids that occur, (u,), and their counts, (u,)."""
