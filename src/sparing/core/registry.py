@@ -196,6 +196,13 @@ METHODS: Final[tuple[Record, ...]] = (
         extras=("peft",),
         card="peft",
     ),
+    Record(
+        name="cowclip",
+        target="sparing.updates.cowclip:CowClip",
+        summary="Clips each embedding row's gradient by its norm and how often its id occurs.",
+        paper="arXiv 2204.06240",
+        card="cowclip",
+    ),
 )
 
 TASKS: Final[tuple[Record, ...]] = (
@@ -223,6 +230,11 @@ OPTIMIZERS: Final[tuple[Record, ...]] = (
         name="muon",
         target="sparing.updates.muon:Muon",
         summary="Orthogonalised momentum for single and stacked matrices, AdamW for the rest.",
+    ),
+    Record(
+        name="rowwise",
+        target="sparing.updates.rowwise:RowWise",
+        summary="Adagrad or Adam with one second moment a table row, AdamW for the rest.",
     ),
 )
 

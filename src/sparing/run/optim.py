@@ -53,6 +53,10 @@ def _kind(train: Train) -> tuple[Callable[..., torch.optim.Optimizer], dict[str,
     """The optimizer's class and the options that it alone has."""
     if train.optimizer == "muon":
         return registry.optimizer("muon"), {"betas": train.betas}
+    if train.optimizer == "rowwise":  # AdamW but for groups to which a method gives another rule
+        return registry.optimizer("rowwise"), {"betas": train.betas}
+    if train.optimizer == "adam":  # its decay is coupled to the gradient
+        return torch.optim.Adam, {"betas": train.betas, "fused": True}
     if train.optimizer == "sgd":
         # looking ahead needs a momentum to look along
         nesterov = train.nesterov and train.momentum > 0

@@ -42,7 +42,7 @@ class Train:
     epochs: int | None = None
     batch_size: int = 8
     accumulate: int = 1
-    optimizer: Literal["adamw", "muon", "sgd"] = "adamw"
+    optimizer: Literal["adamw", "adam", "muon", "sgd", "rowwise"] = "adamw"
     learning_rate: float = 1e-3
     muon_rate: float = 0.02
     adamw_names: tuple[str, ...] = ("*embed*", "*head*", "*.router.*")

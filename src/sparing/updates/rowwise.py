@@ -1,0 +1,181 @@
+"""Optimizers with one second moment for each row of a table, beside AdamW for the rest.
+
+Row-wise Adagrad and Adam as in FBGEMM (github.com/pytorch/FBGEMM): the square of a row's gradient
+is the mean over its columns. Only rows with a gradient are touched, moments of others stand still;
+a decay that is decoupled reaches all rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, final
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from sparing.core.checks import require_number
+from sparing.core.errors import RequestError, unknown
+from sparing.updates.options import RULES
+
+
+@final
+class RowWise(torch.optim.Optimizer):
+    """Row-wise updates for groups with such a ``rule``, AdamW (rule "adamw") for the others.
+
+    Rules of tables, (rows, d), which take sparse and dense gradients:
+
+    - "rowwise-adagrad": one sum a row, 4 bytes;
+    - "rowwise-adam": one second moment a row and a first moment a value, 4 + 4 * d bytes;
+    - "rowwise-adamw": the same with decoupled decay.
+
+    "adamw" holds 8 bytes a value, and takes dense gradients only. Moments are in float32, whatever
+    the weights are in. A dense gradient's rows are those that are not all zero, which costs a pass
+    over it: large tables should have ``sparse=True``.
+
+    Args:
+        params: parameters or groups; a group may set ``rule`` and any other option.
+        lr: the rate.
+        betas: of moments; bias is corrected by the number of steps of the whole table.
+        eps: added to the root of the second moment. 1e-7 as in Keras, which the published runs of
+            CowClip used; torch's own optimizers have 1e-8, and rows with tiny gradients notice.
+        weight_decay: decoupled, times the rate, on all rows in every step (a pass over the table).
+            With "rowwise-adam" it has to be 0: coupled, it would be divided by a moment that
+            stands still for rows that do not occur, for which nothing can make up later.
+
+    Raises RequestError for unknown rules, numbers that make no sense, row-wise rules for what is
+    no matrix, and at the step for sparse gradients under "adamw".
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-7,
+        weight_decay: float = 0.0,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "rule": "adamw",
+        }
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; errors as for the constructor."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        for name in ("lr", "eps", "weight_decay"):
+            require_number(name, group[name], 0)
+        for beta in group["betas"]:
+            require_number("each of betas", beta, 0, 1)
+        rule = group["rule"]
+        if rule not in RULES:
+            raise unknown("rule", rule, RULES)
+        if rule == "rowwise-adam" and group["weight_decay"]:
+            raise RequestError(
+                f"weight_decay={group['weight_decay']} coupled to the gradient cannot reach rows "
+                'that do not occur; use rule="rowwise-adamw", whose decay is decoupled and exact '
+                "for all rows, or torch.optim.Adam on dense gradients"
+            )
+        for p in group["params"]:
+            if rule != "adamw" and p.ndim != 2:
+                raise RequestError(
+                    f"{rule} updates rows of tables, (rows, d); got a parameter of shape "
+                    f'{tuple(p.shape)}: put it into a group with rule="adamw"'
+                )
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One update of all parameters that have a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            if group["rule"] == "adamw":
+                self._adamw(group)
+            else:
+                for p in group["params"]:
+                    if p.grad is not None:
+                        self._rows(group, p)
+        return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As of any optimizer, but moments stay in float32 beside weights of half precision."""
+        super().load_state_dict(state_dict)
+        order = [p for group in self.param_groups for p in group["params"]]
+        places = [i for group in state_dict["param_groups"] for i in group["params"]]
+        for p, place in zip(order, places, strict=True):
+            for name, value in state_dict["state"].get(place, {}).items():
+                if isinstance(value, Tensor) and value.dtype != self.state[p][name].dtype:
+                    self.state[p][name] = value.to(p.device).clone()
+
+    def _rows(self, group: dict[str, Any], p: Tensor) -> None:
+        assert p.grad is not None
+        if p.grad.is_sparse:
+            grad = p.grad.coalesce()
+            ids, rows = grad._indices()[0], grad._values()
+        else:
+            ids = p.grad.any(dim=1).nonzero()[:, 0]
+            rows = p.grad.index_select(0, ids)
+        wide = torch.float64 if p.dtype == torch.float64 else torch.float32
+        rows, state, rate = rows.to(wide), self.state[p], group["lr"]
+        adam = group["rule"] != "rowwise-adagrad"
+        if not state:
+            state["step"] = torch.zeros(())
+            state["second"] = p.new_zeros(p.shape[0], dtype=wide)
+            if adam:
+                state["first"] = torch.zeros_like(p, dtype=wide)
+        state["step"] += 1
+        if group["weight_decay"]:
+            p.mul_(1 - rate * group["weight_decay"])
+        second = state["second"].index_select(0, ids)
+        square = rows.square().mean(dim=1)
+        if adam:
+            (one, two), steps = group["betas"], float(state["step"])
+            second = second.lerp(square, 1 - two)
+            first = state["first"].index_select(0, ids).lerp(rows, 1 - one)
+            state["first"].index_copy_(0, ids, first)
+            scale = (second / (1 - two**steps)).sqrt().add_(group["eps"])
+            update = first.div_(scale[:, None]).mul_(rate / (1 - one**steps))
+        else:
+            second += square
+            update = rows.div(second.sqrt().add_(group["eps"])[:, None]).mul_(rate)
+        state["second"].index_copy_(0, ids, second)
+        p.index_copy_(0, ids, (p.index_select(0, ids).to(wide) - update).to(p.dtype))
+
+    def _adamw(self, group: dict[str, Any]) -> None:
+        params = [p for p in group["params"] if p.grad is not None]
+        if any(p.grad.is_sparse for p in params):
+            raise RequestError(
+                'rule "adamw" takes no sparse gradients; put tables into a group with '
+                'rule="rowwise-adagrad" or "rowwise-adam" (CowClip(table_rule=...) does)'
+            )
+        if not params:
+            return
+        for p in params:
+            state = self.state[p]
+            if not state:
+                state["step"] = torch.zeros(())
+                state["exp_avg"] = torch.zeros_like(p)
+                state["exp_avg_sq"] = torch.zeros_like(p)
+        adamw(
+            params,
+            [p.grad for p in params],
+            [self.state[p]["exp_avg"] for p in params],
+            [self.state[p]["exp_avg_sq"] for p in params],
+            [],
+            [self.state[p]["step"] for p in params],
+            foreach=True,
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
