@@ -51,6 +51,8 @@ if TYPE_CHECKING:
     from sparing.samples.schedule import follow as follow
     from sparing.samples.seta import SeTa as SeTa
     from sparing.samples.ucb import UCB as UCB
+    from sparing.updates.cowclip import CowClip as CowClip
+    from sparing.updates.scaling import scale_rule as scale_rule
     from sparing.weights.adapters import SparseAdapter as SparseAdapter
     from sparing.weights.adapters import adapt_ as adapt_
     from sparing.weights.files import load_adapter_ as load_adapter_
@@ -70,6 +72,7 @@ _HOMES = {
     "Comparison": "run.compare.finished",
     "Context": "core.method",
     "Coreset": "samples.coreset",
+    "CowClip": "updates.cowclip",
     "ExpertChoice": "experts.expert_choice",
     "ExpertController": "experts.controller",
     "GainProportional": "samples.gains",
@@ -115,6 +118,7 @@ _HOMES = {
     "sample_losses": "samples",
     "save": "experts.storage",
     "save_adapter": "weights.files",
+    "scale_rule": "updates.scaling",
     "statistics": "experts.statistics",
     "switch_": "weights.switching",
     "to_peft": "weights.peft",
@@ -127,6 +131,7 @@ __all__ = [
     "Comparison",
     "Context",
     "Coreset",
+    "CowClip",
     "ExpertChoice",
     "ExpertController",
     "GainProportional",
@@ -172,6 +177,7 @@ __all__ = [
     "sample_losses",
     "save",
     "save_adapter",
+    "scale_rule",
     "statistics",
     "switch_",
     "to_peft",

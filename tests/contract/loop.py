@@ -95,6 +95,12 @@ CASES: dict[str, list[dict[str, Any]]] = {
         {"kind": "prefix", "length": 3, "zero_start": False, "score": "random"},
         {"kind": "lora", "rank": 4, "score": "random", "keep": 0.5},
     ],
+    "cowclip": [
+        {},
+        {"per": "table", "mode": "dense", "bound": 0.001, "ratio": 0.01, "l2": 0.001},
+        {"form": "fixed", "mode": "rows", "published": True, "bound": 0.01, "reduce": "rows"},
+        {"ratio": 0.001, "bound": 0.0001, "table_lr": 0.01, "table_decay": 0.0, "by_frequency": 1},
+    ],
 }
 
 

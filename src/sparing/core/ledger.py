@@ -19,6 +19,7 @@ ADDITIVE: Mapping[str, str] = {
     "tokens": "tokens trained on",
     "flops": "compute",
     "labels": "labels asked for",
+    "row_updates": "table rows updated",
     "bytes": "bytes written or sent",
 }
 """Units that add up over a run and over ranks, each with its title."""

@@ -188,6 +188,13 @@ METHODS: Final[tuple[Record, ...]] = (
         paper="arXiv 2210.04284",
         card="sparse-adapter",
     ),
+    Record(
+        name="cowclip",
+        target="sparing.updates.cowclip:CowClip",
+        summary="Clips each embedding row's gradient by its norm and how often its id occurs.",
+        paper="arXiv 2204.06240",
+        card="cowclip",
+    ),
 )
 
 TASKS: Final[tuple[Record, ...]] = (

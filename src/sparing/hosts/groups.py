@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from sparing.core.method import Method, implements
+from sparing.core.sparse_gradients import check_optimizer
 
 
 def regroup_(optimizer: torch.optim.Optimizer, model: nn.Module, methods: list[Method]) -> None:
@@ -16,6 +17,7 @@ def regroup_(optimizer: torch.optim.Optimizer, model: nn.Module, methods: list[M
     They see all options of the groups, and ``params`` as (name, parameter); an option that a new
     group leaves out is the optimizer's default.
     """
+    check_optimizer(model, optimizer)
     changing = [method for method in methods if implements(method, "optimizer")]
     if not changing:
         return

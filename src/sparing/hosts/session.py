@@ -31,6 +31,7 @@ from sparing.core.errors import DivergedError, RequestError
 from sparing.core.ledger import Ledger
 from sparing.core.method import Context, Method, Plan, Setup, arrange, combine, implements
 from sparing.core.random_state import random_state, set_random_state_
+from sparing.core.sparse_gradients import check_optimizer
 from sparing.hosts import loading
 from sparing.hosts.dry_run import rehearse
 from sparing.hosts.epochs import Epochs, Geometry
@@ -144,7 +145,9 @@ class Session(Bound):
             groups = method.optimizer(model, groups)
         if dry_run and losses is not None:
             self._dry_run(model)
-        self.model, self.optimizer = accelerator.prepare(model, optimizer(groups))
+        built = optimizer(groups)
+        check_optimizer(model, built)
+        self.model, self.optimizer = accelerator.prepare(model, built)
         for group in self.optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
         for method in self.methods:
@@ -379,7 +382,7 @@ class Session(Bound):
         if self._schedule is not None:
             factor = self._schedule(self.clock.fraction)
             for group in optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * factor
+                group["lr"] = group.get("fixed_lr", group["initial_lr"] * factor)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.clock.step += 1

@@ -8,11 +8,21 @@ from sparing.run.report import words
 from sparing.run.report.charts import Line, chart
 from sparing.run.report.read import Run, number
 
-UNITS: Final = ("flops", "samples", "tokens", "labels", "active_parameters", "parameters", "bytes")
+UNITS: Final = (
+    "flops",
+    "samples",
+    "tokens",
+    "labels",
+    "active_parameters",
+    "parameters",
+    "row_updates",
+    "bytes",
+)
 UNIT_NAMES: Final = {
     "flops": "compute",
     "active_parameters": "parameters at work on a token",
     "parameters": "parameters trained",
+    "row_updates": "table rows updated",
     "bytes": "memory",
 }
 
