@@ -40,7 +40,6 @@ def _calibration(log_odds: Tensor, labels: Tensor) -> dict[str, Any]:
         ),
         "head": ["rows", "predicted", "observed"],
         "rows": rows,
-        "numbers": 0,
     }
 
 
@@ -65,5 +64,4 @@ def _by_time(log_odds: Tensor, labels: Tensor, time: Tensor, name: str) -> dict[
         ),
         "head": [name, "rows", "positives", "AUC", "interval"],
         "rows": rows,
-        "numbers": 1,
     }
