@@ -54,11 +54,11 @@ def sampled(folder: Path) -> pa.Table:
     products = pq.read_table(folder / "products.parquet")
     rows = pc.index_in(log["product_id"].combine_chunks(), products["product_id"].combine_chunks())
     columns = {
-        "product": log["product_id"].cast(pa.int32()),
-        "store": log["store_id"].cast(pa.int32()),
-        "display": log["display_location"],
-        "mailer": log["mailer_location"],
-        **{name.removesuffix("_id"): products[name].take(rows) for name in ATTRIBUTES},
+        "product_id": log["product_id"].cast(pa.int32()),
+        "store_id": log["store_id"].cast(pa.int32()),
+        "display_location": log["display_location"],
+        "mailer_location": log["mailer_location"],
+        **{name: products[name].take(rows) for name in ATTRIBUTES},
         "week": log["week"].cast(pa.int8()),
         "bought": pa.array(bought[kept]),
     }
@@ -72,7 +72,7 @@ def main() -> None:
     PLACE.mkdir(parents=True, exist_ok=True)
     file = PLACE / "retail.parquet"
     pq.write_table(table, file, compression="zstd", compression_level=22)
-    bought, products = table["bought"].to_numpy(), len(pc.unique(table["product"]))
+    bought, products = table["bought"].to_numpy(), len(pc.unique(table["product_id"]))
     held_out = table["week"].to_numpy() >= HELD_OUT
     print(f"{file.stat().st_size:,} bytes, {len(table):,} rows of {products:,} products")
     print(f"{bought.sum():,} bought; from week {HELD_OUT} on {held_out.sum():,} rows, "

@@ -201,9 +201,7 @@ class Clicks:
         rows, held_out, vocabulary = self._ready()
         if self.metric != "auc":
             return {}
-        return reference.references(
-            rows.data, held_out, vocabulary.sizes, DOMAIN, self.fingerprint
-        )
+        return reference.references(rows.data, held_out, vocabulary.sizes, DOMAIN, self.fingerprint)
 
     def page(self, model: nn.Module, seed: int) -> dict[str, Any]:
         """``tables`` of held-out rows, and ``also``: the further metrics to draw over the run."""

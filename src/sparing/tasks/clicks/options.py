@@ -85,6 +85,11 @@ class ClicksOptions:
 
     def _check_files(self) -> None:
         if self.path is None:
+            if self.buckets and self.dataset == "retail":
+                raise RequestError(
+                    "the whole log is read with a vocabulary: leave buckets out, or give the files "
+                    "of a log of your own by path"
+                )
             for name in _OF_FILES:
                 if getattr(self, name) not in (None, ()):
                     raise RequestError(

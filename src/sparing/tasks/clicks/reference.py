@@ -77,9 +77,7 @@ def fitted(train: Encoded, sizes: tuple[int, ...]) -> dict[str, Additive | Paire
     found: dict[str, Additive | Paired] = {"smoothed rates": whole}
     if len(fields) > 1:
         pair = fields[0], fields[1]
-        losses = {
-            s: loss(paired(kept.ids, kept.labels, sizes, below, pair, s)) for s in STRENGTHS
-        }
+        losses = {s: loss(paired(kept.ids, kept.labels, sizes, below, pair, s)) for s in STRENGTHS}
         best = min(losses, key=lambda s: losses[s])
         found["rates of pairs"] = paired(train.ids, train.labels, sizes, whole, pair, best)
     return found

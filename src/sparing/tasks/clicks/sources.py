@@ -3,34 +3,31 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from importlib import resources
 from typing import Any, Final
 
 import numpy as np
 
 from sparing.core.errors import RequestError
-from sparing.tasks.clicks.encoded import Encoded
+from sparing.tasks.clicks import promotions
+from sparing.tasks.clicks.encoded import ARRAYS, Encoded
 from sparing.tasks.clicks.held import Streamed
 from sparing.tasks.clicks.options import ClicksOptions
 from sparing.tasks.clicks.read import ClickLog, find_schema, read
 from sparing.tasks.clicks.schema import Schema
 from sparing.tasks.clicks.split import ByHash, ByTime, Split
 
-SMALL: Final = Schema(
-    label="bought",
-    categorical=(
-        "product", "store", "display", "mailer", "manufacturer", "department", "brand",
-        "product_category", "product_type", "package_size",
-    ),
-    time="week",
-)  # fmt: skip
-BY_WEEK: Final = ByTime(start=2, development=45, test=49)
-"""Week 1 has a fifth of the others' purchases; training never sees a later week than it is asked
-about."""
-REMARK: Final = (
+BY_WEEK: Final = ByTime(
+    start=promotions.START, development=promotions.DEVELOPMENT, test=promotions.TEST
+)
+WEEKS: Final = (
+    "Trained on weeks 2 to 44; development is weeks 45 to 48, test weeks 49 to 53: training never "
+    "sees a later week than it is asked about."
+)
+SAMPLE: Final = (
     "A sample of a retail promotion log: every promotion of one product in twelve, of those "
-    "without a purchase one in eight, so that 9.6 % of the rows are positive. Trained on weeks 2 "
-    "to 44, development is weeks 45 to 48, test weeks 49 to 53."
+    "without a purchase one in eight, so that 9.6 % of the rows are positive. "
 )
 
 
@@ -45,12 +42,20 @@ def load(options: ClicksOptions) -> tuple[ClickLog, str]:
         schema, split = _schema(options), _split(options)
         return _read(options.path, schema, split, options), ""
     if options.dataset == "retail":
-        from sparing.tasks.clicks import retail
-
-        return _read(retail.prepared(), retail.SCHEMA, BY_WEEK, options), retail.REMARK
+        log = promotions.promotions(cut_off=options.cut_off)
+        if options.hold == "memory":
+            log = replace(log, train=in_memory(log.train), hold="memory")
+        return log, f"A retail promotion log. {WEEKS}"
     file = resources.files("sparing.tasks.clicks").joinpath("data", "retail.parquet")
     with resources.as_file(file) as path:
-        return _read(path, SMALL, BY_WEEK, options), REMARK
+        return _read(path, promotions.SCHEMA, BY_WEEK, options), SAMPLE + WEEKS
+
+
+def in_memory(data: Encoded | Streamed) -> Encoded:
+    """Rows that are mapped from files, read."""
+    assert isinstance(data, Encoded)
+    arrays = [np.array(getattr(data, name)) for name in ARRAYS]
+    return Encoded(*arrays, np.array(data.bounds))
 
 
 def _read(path: Any, schema: Schema, split: Split, options: ClicksOptions) -> ClickLog:
@@ -72,9 +77,7 @@ def _schema(options: ClicksOptions) -> Schema:
             time=options.time,
             text=options.text,
         )
-    return find_schema(
-        options.path, options.label, categorical=options.text, time=options.time
-    )
+    return find_schema(options.path, options.label, categorical=options.text, time=options.time)
 
 
 def _split(options: ClicksOptions) -> Split:
