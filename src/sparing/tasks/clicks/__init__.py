@@ -1,0 +1,1 @@
+"""Click prediction: which shown items are taken, from categorical and numeric features."""
