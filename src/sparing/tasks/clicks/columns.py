@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -25,7 +24,7 @@ def kind_of(type_: Any) -> Kind | None:
         return None
     if pa.types.is_dictionary(type_):
         return kind_of(type_.value_type)
-    if pa.types.is_string(type_) or pa.types.is_large_string(type_):
+    if _texts(type_):
         return "text"
     # floats: whole numbers with gaps come so from pandas
     if (
@@ -44,12 +43,30 @@ def arrow(column: Any) -> Any:
     import pyarrow as pa
 
     if isinstance(column, pa.ChunkedArray):
-        return column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
-    if isinstance(column, pa.Array):
-        return column
-    if isinstance(column, np.ndarray):
-        return pa.array(column, from_pandas=True)
-    return pa.array(column)
+        column = column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
+    elif isinstance(column, np.ndarray):
+        column = pa.array(column, from_pandas=True)
+    elif not isinstance(column, pa.Array):
+        column = pa.array(column)
+    type_ = column.type
+    if pa.types.is_dictionary(type_):
+        # a column of chosen numbers is read as numbers
+        return column if _texts(type_.value_type) else arrow(column.cast(type_.value_type))
+    if _texts(type_) and not pa.types.is_string(type_):
+        return column.cast(pa.string())
+    return column
+
+
+def _texts(type_: Any) -> bool:
+    import pyarrow as pa
+
+    return bool(
+        pa.types.is_string(type_)
+        or pa.types.is_large_string(type_)
+        or pa.types.is_string_view(type_)
+        or pa.types.is_binary(type_)
+        or pa.types.is_large_binary(type_)
+    )
 
 
 def present(column: Any) -> NDArray[np.bool_] | None:
@@ -67,8 +84,6 @@ def integers(column: Any, name: str) -> tuple[NDArray[np.int64], NDArray[np.bool
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    if pa.types.is_dictionary(column.type):
-        column = column.cast(column.type.value_type)
     type_ = column.type
     if pa.types.is_null(type_):
         return np.zeros(len(column), dtype=np.int64), np.zeros(len(column), dtype=np.bool_)
@@ -84,14 +99,16 @@ def integers(column: Any, name: str) -> tuple[NDArray[np.int64], NDArray[np.bool
         bad = ~(np.isnan(values) | ((np.floor(values) == values) & (np.abs(values) < 2**63)))
         if not bad.any():
             raise RequestError(f'the column "{name}" cannot be read: {error}') from error
-        raise Misplaced(name, int(bad.argmax()), column, "a whole number of 64 bits") from error
+        raise Misplaced(
+            name, int(bad.argmax()), column[int(bad.argmax())].as_py(), "a whole number of 64 bits"
+        ) from error
     if there is not None:
         whole = whole.fill_null(0)
     return np.asarray(whole.to_numpy(zero_copy_only=False)), there
 
 
 def texts(column: Any) -> tuple[NDArray[np.int32], Any]:
-    """Distinct values: (n,) int32 positions in them, -1 for missing, and the values, a string array.
+    """(n,) int32 positions in the values, -1 for missing; and the values, a string array.
 
     A value may be there more than once, or not occur at all.
     """
@@ -100,8 +117,6 @@ def texts(column: Any) -> tuple[NDArray[np.int32], Any]:
     if pa.types.is_null(column.type):
         return np.full(len(column), -1, dtype=np.int32), pa.array([], pa.string())
     if not pa.types.is_dictionary(column.type):
-        if not pa.types.is_string(column.type):
-            column = column.cast(pa.string())
         column = column.dictionary_encode()
     values = column.dictionary
     if not pa.types.is_string(values.type):
@@ -133,7 +148,9 @@ def string_array(content: NDArray[np.uint8], offsets: NDArray[np.int64]) -> Any:
     import pyarrow as pa
 
     narrow = offsets.astype(np.int32)
-    return pa.StringArray.from_buffers(len(offsets) - 1, pa.py_buffer(narrow), pa.py_buffer(content))
+    return pa.StringArray.from_buffers(
+        len(offsets) - 1, pa.py_buffer(narrow), pa.py_buffer(content)
+    )
 
 
 def floats(column: Any, name: str) -> NDArray[np.float64]:
@@ -159,7 +176,9 @@ def floats(column: Any, name: str) -> NDArray[np.float64]:
     )
     bad = np.isinf(values)
     if bad.any():
-        raise Misplaced(name, int(bad.argmax()), column, "a finite number")
+        raise Misplaced(
+            name, int(bad.argmax()), column[int(bad.argmax())].as_py(), "a finite number"
+        )
     return values
 
 
@@ -170,44 +189,54 @@ def labels(column: Any, name: str) -> NDArray[np.uint8]:
     expected = "a label, 0 or 1"
     if column.null_count:
         gap = ~column.is_valid().to_numpy(zero_copy_only=False)
-        raise Misplaced(name, int(gap.argmax()), column, expected)
+        raise Misplaced(name, int(gap.argmax()), None, expected)
     type_ = column.type
     if pa.types.is_boolean(type_):
         column = column.cast(pa.uint8())
     elif not (pa.types.is_integer(type_) or pa.types.is_floating(type_)):
-        raise Misplaced(name, 0, column, expected)
+        raise Misplaced(name, 0, column[0].as_py() if len(column) else None, expected)
     values = column.to_numpy(zero_copy_only=False)
-    narrow = values.astype(np.uint8) if values.dtype.kind in "iub" else (values == 1).view(np.uint8)
-    bad = (values != narrow) | (narrow > 1)
+    narrow: NDArray[np.uint8] = (values == 1).astype(np.uint8)
+    bad = values != narrow
     if bad.any():
-        raise Misplaced(name, int(bad.argmax()), column, expected)
+        raise Misplaced(name, int(bad.argmax()), column[int(bad.argmax())].as_py(), expected)
     return narrow
+
+
+def times(column: Any, name: str) -> NDArray[np.int64]:
+    """(n,) int64: whole numbers as they are, dates in days, points in time in seconds since 1970.
+
+    Raises Misplaced for a missing one.
+    """
+    import pyarrow as pa
+
+    if pa.types.is_timestamp(column.type):
+        column = column.cast(pa.timestamp("s"), safe=False).cast(pa.int64())
+    elif pa.types.is_date64(column.type):
+        column = column.cast(pa.date32())
+    elif not (
+        pa.types.is_date32(column.type)
+        or pa.types.is_integer(column.type)
+        or pa.types.is_floating(column.type)
+    ):
+        raise RequestError(
+            f'the column "{name}" holds {column.type} and is given as time: give whole numbers, '
+            "dates or timestamps"
+        )
+    values, there = integers(column, name)
+    if there is not None and not there.all():
+        raise Misplaced(name, int((~there).argmax()), None, "a time")
+    return values
 
 
 class Misplaced(RequestError):
     """A value that does not belong in its column; ``row`` counts from the array's first, 0."""
 
-    def __init__(self, column: str, row: int, array: Any, expected: str, where: str = "") -> None:
-        self.column, self.row, self.array, self.expected = column, row, array, expected
-        value = array[row].as_py() if row < len(array) else None
+    def __init__(self, column: str, row: int, value: object, expected: str, file: str = "") -> None:
+        self.column, self.row, self.value, self.expected = column, row, value, expected
         told = repr(value)
         shown = told if len(told) <= _SHOWN else told[:_SHOWN] + "…"
         super().__init__(
-            f'column "{column}", row {row + 1:,}{where}: {shown} is not {expected}; correct it, '
-            "or leave such rows out"
+            f'column "{column}", row {row + 1:,}{file and f" of {file}"}: {shown} is not '
+            f"{expected}; correct it, or leave such rows out"
         )
-
-    def at(self, first: int, file: str) -> Misplaced:
-        """The same, told as a row of ``file``, whose row ``first`` is the array's first."""
-        moved = Misplaced.__new__(Misplaced)
-        moved.column, moved.row, moved.array = self.column, self.row, self.array
-        moved.expected = self.expected
-        told = str(self).replace(f"row {self.row + 1:,}", f"row {first + self.row + 1:,} of {file}")
-        RequestError.__init__(moved, told)
-        return moved
-
-
-def names(sequence: Sequence[str]) -> str:
-    """A few names for a message."""
-    some = ", ".join(sequence[:8])
-    return some + (", …" if len(sequence) > 8 else "")

@@ -49,6 +49,22 @@ class Counter:
             values, counts = _counted(numbers)
             self._later(values, counts)
 
+    def put(self, values: Any, counts: NDArray[np.int64]) -> None:
+        """Count values that occur ``counts`` times, (n,) int64 or a string array without nulls."""
+        import pyarrow as pa
+
+        if not pa.types.is_string(arrow(values).type):
+            # never a table: it would have to be filled one by one
+            self._leave()
+        self._later(values, counts)
+
+    def _leave(self) -> None:
+        """From the table over to hashing."""
+        if self._table is not None and len(self._table):
+            kept = np.flatnonzero(self._table)
+            self._later(kept + self._low, self._table[kept])
+        self._table = None
+
     def _narrow(self, numbers: NDArray[np.int64]) -> bool:
         """Count in the table if the span allows it."""
         if self._table is None:
@@ -58,10 +74,7 @@ class Counter:
             held = self._low + len(self._table) - 1
             low, high = min(low, self._low), max(high, held)
         if high - low >= _SPAN:
-            kept = np.flatnonzero(self._table)
-            values, counts = kept + self._low, self._table[kept]
-            self._table = None
-            self._later(values, counts)
+            self._leave()
             return False
         if high - low + 1 > len(self._table):
             wider = np.zeros(high - low + 1, dtype=np.int64)
@@ -88,9 +101,7 @@ class Counter:
         counts = pa.chunked_array([count for _, count in self._pending])
         table = pa.table({"value": values, "count": counts})
         found = table.group_by("value", use_threads=False).aggregate([("count", "sum")])
-        self._pending = [
-            (found["value"].combine_chunks(), found["count_sum"].combine_chunks())
-        ]
+        self._pending = [(found["value"].combine_chunks(), found["count_sum"].combine_chunks())]
         self._waiting, self._merged = 0, found.num_rows
 
     def counted(self) -> tuple[Any, NDArray[np.int64]]:

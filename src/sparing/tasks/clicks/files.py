@@ -27,21 +27,30 @@ _LINE = re.compile(r"CSV parse error: (?:Row #(\d+): )?(.*)", re.DOTALL)
 @final
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Rows of one file: an arrow record batch, whose first row is the file's row ``first``."""
+    """Rows of one file: an arrow record batch, whose first row is the file's row ``first``.
+
+    ``number`` is that row's in the whole log.
+    """
 
     file: Path
     first: int
+    number: int
     batch: Any
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class Block:
-    """What can be read by itself: one row group of a Parquet file. ``first`` is its first row."""
+    """What can be read by itself: a row group of a Parquet file, or a CSV file as a whole.
+
+    ``first`` is its first row in the file, ``number`` the same row in the whole log; of CSV files,
+    whose rows nobody has counted, ``rows`` and ``number`` are 0.
+    """
 
     file: Path
     group: int
     first: int
+    number: int
     rows: int
 
 
@@ -67,6 +76,7 @@ class LogFiles:
         self.kinds: dict[str, Kind] = dict.fromkeys(schema.text, "text")
         self.blocks: tuple[Block, ...] = ()
         self._types: dict[str, Any] = {}
+        self._abouts: dict[Path, Any] = {}
         self._check()
 
     @property
@@ -74,44 +84,38 @@ class LogFiles:
         """How many there are; None for CSV, whose rows nobody has counted."""
         return sum(block.rows for block in self.blocks) if self.parquet else None
 
-    def pieces(self, *, threads: bool = True) -> Iterator[Piece]:
-        """All rows in the order of the files. Errors as for ``LogFiles``, by column and row."""
-        for file in self.files:
-            yield from self._parquet(file, None, threads) if self.parquet else self._csv(
-                file, threads
-            )
+    def pieces(self) -> Iterator[tuple[int, Piece]]:
+        """All rows in the order of the files, with the position of the block that they are of.
 
-    def block(self, block: Block, *, threads: bool = False) -> Iterator[Piece]:
-        """The rows of one block."""
-        yield from self._parquet(block.file, block, threads)
+        Errors as for ``LogFiles``, by column and row.
+        """
+        number = 0
+        for position, block in enumerate(self.blocks):
+            for piece in self.block(block, number):
+                yield position, piece
+                number += len(piece.batch)
 
-    def _parquet(self, file: Path, block: Block | None, threads: bool) -> Iterator[Piece]:
-        import pyarrow as pa
-
-        first = block.first if block else 0
-        try:
-            with _parquet_file(file, self.kinds) as opened:
-                for batch in opened.iter_batches(
-                    batch_size=ROWS,
-                    row_groups=[block.group] if block else None,
-                    columns=list(self.schema.columns),
-                    use_threads=threads,
-                ):
-                    yield Piece(file, first, batch)
-                    first += len(batch)
-        except (OSError, pa.ArrowException) as error:
-            raise _unreadable(file, error, first) from error
-
-    def _csv(self, file: Path, threads: bool) -> Iterator[Piece]:
+    def block(self, block: Block, number: int | None = None) -> Iterator[Piece]:
+        """The rows of one block; ``number``, that of its first row, if the block does not know."""
         import pyarrow as pa
 
         first = 0
+        begin = block.number if number is None else number
         try:
-            for batch in _csv_file(file, self.schema, self._csv_types(), threads=threads):
-                yield Piece(file, first, batch)
+            for batch in self._parquet(block) if self.parquet else self._csv(block.file):
+                yield Piece(block.file, block.first + first, begin + first, batch)
                 first += len(batch)
         except (OSError, pa.ArrowException) as error:
-            raise self._told(file, error, first) from error
+            raise self._told(block.file, error, block.first + first) from error
+
+    def _parquet(self, block: Block) -> Iterator[Any]:
+        with _parquet_file(block.file, self.kinds, self._abouts[block.file]) as opened:
+            yield from opened.iter_batches(
+                batch_size=ROWS, row_groups=[block.group], columns=list(self.schema.columns)
+            )
+
+    def _csv(self, file: Path) -> Iterator[Any]:
+        yield from _csv_file(file, self.schema, self._csv_types())
 
     def _csv_types(self) -> dict[str, Any]:
         import pyarrow as pa
@@ -126,7 +130,7 @@ class LogFiles:
         return types
 
     def _told(self, file: Path, error: Exception, first: int) -> RequestError:
-        """What arrow says of a CSV file, by the name of the column and the row of the data."""
+        """What arrow says of a file, in CSV by the name of the column and the row of the data."""
         message = str(error)
         cell, line = _CELL.match(message), _LINE.match(message)
         if not (cell or line):
@@ -151,32 +155,30 @@ class LogFiles:
                 )
             return found
         assert line is not None
-        row = f", row {int(line[1]) - headed:,}" if line[1] else ""
-        return RequestError(f"{file}{row} is no row of CSV: {line[2][:200]}")
+        where = f", row {int(line[1]) - headed:,}" if line[1] else ""
+        return RequestError(f"{file}{where} is no row of CSV: {line[2][:200]}")
 
     def _check(self) -> None:
         """Columns, types and row groups of every file."""
         blocks: list[Block] = []
+        number = 0
         seen: dict[str, tuple[Path, Any]] = {}
         for file in self.files:
             types, groups = self._look(file)
             for name in self.schema.columns:
                 if name not in types:
-                    raise RequestError(
-                        f'{file} has no column "{name}"; {nearest(name, types)}'
-                    )
+                    raise RequestError(f'{file} has no column "{name}"; {nearest(name, types)}')
                 self._agree(name, file, types[name], seen)
             first = 0
             for group, rows in enumerate(groups):
-                blocks.append(Block(file, group, first, rows))
+                blocks.append(Block(file, group, first, number, rows))
                 first += rows
+                number += rows
         self.blocks = tuple(blocks)
         for name, (_, found) in seen.items():
             self._types[name] = found
 
-    def _agree(
-        self, name: str, file: Path, type_: Any, seen: dict[str, tuple[Path, Any]]
-    ) -> None:
+    def _agree(self, name: str, file: Path, type_: Any, seen: dict[str, tuple[Path, Any]]) -> None:
         import pyarrow as pa
 
         if pa.types.is_null(type_):
@@ -215,20 +217,21 @@ class LogFiles:
             seen[name] = (before[0], type_)
 
     def _look(self, file: Path) -> tuple[dict[str, Any], list[int]]:
-        """Types by column, and rows of each row group (none for CSV)."""
+        """Types by column, and rows of each row group; 0, not counted, for CSV."""
         import pyarrow as pa
 
         try:
             if self.parquet:
                 with _parquet_file(file, {}) as opened:
                     about, arrow = opened.metadata, opened.schema_arrow
+                    self._abouts[file] = about
                     groups = [about.row_group(i).num_rows for i in range(about.num_row_groups)]
                 _distinct(file, arrow.names, self.schema)
                 return dict(zip(arrow.names, arrow.types, strict=True)), groups
             header = self.schema.header or _header(file, self.schema)
             _distinct(file, header, self.schema)
             found = _csv_file(file, self.schema, {}, include=False).schema
-            return dict(zip(found.names, found.types, strict=True)), []
+            return dict(zip(found.names, found.types, strict=True)), [0]
         except (OSError, pa.ArrowException) as error:
             raise _unreadable(file, error, 0) from error
 
@@ -263,7 +266,8 @@ def _found(paths: str | Path | Sequence[str | Path]) -> tuple[Path, ...]:
             raise RequestError(f"there is no file {path}; check the path")
         elif not _is(path, (*PARQUET, *CSV)):
             raise RequestError(
-                f"{path} is neither Parquet nor CSV by its name; known: {', '.join((*PARQUET, *CSV))}"
+                f"{path} is neither Parquet nor CSV by its name; known: "
+                f"{', '.join((*PARQUET, *CSV))}"
             )
         else:
             files.append(path)
@@ -276,11 +280,11 @@ def _is(file: Path, endings: Sequence[str]) -> bool:
     return file.name.lower().endswith(tuple(endings))
 
 
-def _parquet_file(file: Path, kinds: dict[str, Kind]) -> Any:
+def _parquet_file(file: Path, kinds: dict[str, Kind], about: Any = None) -> Any:
     from pyarrow import parquet
 
     texts = [name for name, kind in kinds.items() if kind == "text"]
-    return parquet.ParquetFile(file, read_dictionary=texts, memory_map=True)
+    return parquet.ParquetFile(file, read_dictionary=texts, memory_map=True, metadata=about)
 
 
 def _csv_file(

@@ -25,9 +25,7 @@ class Split(Protocol):
         """Whether there should be any row in each of the parts."""
         ...
 
-    def part(
-        self, columns: Any, first: int, time: NDArray[np.int64] | None
-    ) -> NDArray[np.uint8]:
+    def part(self, columns: Any, first: int, time: NDArray[np.int64] | None) -> NDArray[np.uint8]:
         """(n,) uint8, positions in ``PARTS`` or ``LEFT_OUT``.
 
         ``columns``: n rows by column; ``first``: the number of the first one in the whole log;
@@ -68,9 +66,7 @@ class ByTime:
         """All parts, a development part only where its time is not empty."""
         return True, self.development < self.test, True
 
-    def part(
-        self, columns: Any, first: int, time: NDArray[np.int64] | None
-    ) -> NDArray[np.uint8]:
+    def part(self, columns: Any, first: int, time: NDArray[np.int64] | None) -> NDArray[np.uint8]:
         """See ``Split.part``. Raises RequestError for a log without a time column."""
         if time is None:
             raise RequestError("a split by time needs a time column: Schema(time=...)")
@@ -112,9 +108,7 @@ class ByHash:
         """Training rows, and the parts whose share is above 0."""
         return True, self.development > 0, self.test > 0
 
-    def part(
-        self, columns: Any, first: int, time: NDArray[np.int64] | None
-    ) -> NDArray[np.uint8]:
+    def part(self, columns: Any, first: int, time: NDArray[np.int64] | None) -> NDArray[np.uint8]:
         """See ``Split.part``."""
         if self.column is None:
             rows = len(columns)

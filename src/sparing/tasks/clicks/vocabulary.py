@@ -152,6 +152,23 @@ class Vocabulary:
         """Where each field's rows begin in one table of all fields, (F,) int64."""
         return np.concatenate([[0], np.cumsum(self.sizes)[:-1]]).astype(np.int64)[: len(self.sizes)]
 
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over all that decides what is encoded as what."""
+        digest = hashlib.sha256()
+        for field in self.fields:
+            digest.update(repr((field.name, field.kind, field.buckets, field.size)).encode())
+            if field.buckets:
+                continue
+            if field.kind == "integer":
+                digest.update(field.values.tobytes())
+            else:
+                content, ends = string_parts(field.values)
+                digest.update(content[ends[0] : ends[-1]].tobytes())
+                digest.update((ends - ends[0]).tobytes())
+        digest.update(repr(self.scales).encode())
+        return digest.hexdigest()
+
     def encode(self, columns: Any) -> NDArray[np.int64]:
         """Ids per field, (n, F) int64; ``columns`` gives a column by its name.
 
@@ -191,7 +208,7 @@ class Vocabulary:
         return fitting.done()
 
     def save(self, path: str | Path) -> None:
-        """Write the directory ``path``: ``vocabulary.json`` and ``values.npz``, whole or not at all.
+        """Write ``vocabulary.json`` and ``values.npz`` into the directory ``path``, whole or not.
 
         Raises RunError if it cannot be written.
         """
@@ -305,22 +322,25 @@ class Fitting:
             if buckets:
                 fields.append(Field(name, kind, buckets=buckets, missing=counter.missing))
                 continue
-            values, counts = counter.counted()
-            if kind == "text" and not len(values):
-                values = string_array(np.zeros(0, np.uint8), np.zeros(1, np.int64))
-            # the most frequent come first
-            held = int((counts >= self._cut_off).sum())
-            fields.append(
-                Field(
-                    name,
-                    kind,
-                    values=values[:held],
-                    counts=counts[:held],
-                    missing=counter.missing,
-                    rare=int(counts[held:].sum()),
-                )
-            )
+            fields.append(counted_field(counter, kind, self._cut_off))
         return Vocabulary(tuple(fields), tuple(m.scale() for m in self._moments))
+
+
+def counted_field(counter: Counter, kind: Kind, cut_off: int = 1) -> Field:
+    """The field of all counted values that occur at least ``cut_off`` times."""
+    values, counts = counter.counted()
+    if kind == "text" and not len(values):
+        values = string_array(np.zeros(0, np.uint8), np.zeros(1, np.int64))
+    # the most frequent come first
+    held = int((counts >= cut_off).sum())
+    return Field(
+        counter.name,
+        kind,
+        values=values[:held],
+        counts=counts[:held],
+        missing=counter.missing,
+        rare=int(counts[held:].sum()),
+    )
 
 
 def _column(columns: Any, name: str) -> Any:
