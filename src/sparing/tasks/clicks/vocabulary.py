@@ -179,11 +179,15 @@ class Vocabulary:
 
     def codes(self, columns: Any) -> NDArray[np.int32]:
         """``encode`` in 32 bits."""
+        if not self.fields:
+            return np.zeros((len(_column(columns, self.scales[0].name)), 0), dtype=np.int32)
         found = [field.codes(_column(columns, field.name)) for field in self.fields]
         return _beside(found, [field.name for field in self.fields], np.dtype(np.int32))
 
     def numeric(self, columns: Any) -> NDArray[np.float32]:
         """Scaled numbers, (n, D) float32, 0 where missing. Raises Misplaced for infinities."""
+        if not self.scales:
+            return np.zeros((len(_column(columns, self.fields[0].name)), 0), dtype=np.float32)
         found = [scale.apply(_column(columns, scale.name)) for scale in self.scales]
         return _beside(found, [scale.name for scale in self.scales], np.dtype(np.float32))
 
