@@ -234,7 +234,7 @@ def test_rows_on_the_disk_are_mixed_a_few_blocks_at_a_time():
     order = rows.order(torch.Generator().manual_seed(0))
     assert sorted(order.tolist()) == list(range(1000))
     for part in order.split(80):
-        assert len({number // 10 for number in part.tolist()}) == 8
+        assert len({number // 10 for number in part.tolist()}) == len(part) // 10
     assert torch.equal(order, rows.order(torch.Generator().manual_seed(0)))
     assert not torch.equal(order, rows.order(torch.Generator().manual_seed(1)))
 

@@ -6,10 +6,12 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparing.core.errors import RequestError
+from sparing.tasks.clicks.auc import auc
 from sparing.tasks.clicks.encoded import Encoded
 from sparing.tasks.clicks.rates import additive, chosen, log_odds, paired, smoothed
 from sparing.tasks.clicks.reference import fitted, measure
@@ -74,7 +76,9 @@ def test_references_come_near_what_can_be_known():
     train, held = log(0, 4000), log(1, 4000)
     found = measure(train, held, (6,) * 4, "all rows")
     assert set(found) == {"smoothed rates", "rates of pairs"}
-    best = 78.6  # of the chances that made the labels; another draw gives .7 more or less
+    # by the log-odds that made the labels
+    truth = torch.from_numpy(0.8 * held.ids[:, 0] - 0.3 * held.ids[:, 1])
+    best = 100 * auc(truth, torch.from_numpy(held.labels))
     for row in found.values():
         assert row["all rows"] == row["mean"]
         assert abs(row["mean"] - best) < 2
