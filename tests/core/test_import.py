@@ -11,7 +11,7 @@ import sparing
 
 HEAVY = {
     "transformers", "accelerate", "pydantic", "typer", "rich", "jinja2", "matplotlib", "yaml",
-    "scipy", "lightning", "datasets",
+    "scipy", "lightning", "datasets", "pyarrow",
 }  # fmt: skip
 
 

@@ -223,6 +223,12 @@ TASKS: Final[tuple[Record, ...]] = (
         summary="Text classification with an encoder: passages by source, or AG News.",
         extras=("hf",),
     ),
+    Record(
+        name="clicks",
+        target="sparing.tasks.clicks:Clicks",
+        summary="Click prediction on a log of retail promotions, a sample of it, or your files.",
+        extras=("clicks",),
+    ),
 )
 
 OPTIMIZERS: Final[tuple[Record, ...]] = (

@@ -80,7 +80,9 @@ class Task(Protocol):
         """What the report page shows of this task, by key.
 
         ``samples`` [{domain, prompt, text}] that the model wrote, ``passages`` [{domain, bytes}]
-        for methods to annotate, ``pictures`` [{title, pictures: [{image, caption}]}], ``remark``.
+        for methods to annotate, ``pictures`` [{title, pictures: [{image, caption}]}], ``remark``,
+        ``tables`` [{title, about, head: [text], rows: [[text]]}] of which the first ``words``
+        columns are no numbers, ``also`` {further metric: what to call it}, drawn over the run.
         """
         ...
 

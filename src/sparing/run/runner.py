@@ -32,6 +32,7 @@ EXTRAS = {
     "hf": ("transformers",),
     "report": ("jinja2",),
     "vision": ("PIL",),
+    "clicks": ("pyarrow",),
 }
 """The modules that tell whether an extra is installed."""
 

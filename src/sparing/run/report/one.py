@@ -6,7 +6,17 @@ from pathlib import Path
 from typing import Any, Final
 
 from sparing.core.state import atomic_write_text
-from sparing.run.report import chosen, curves, headline, kept, layers, passages, tables, words
+from sparing.run.report import (
+    chosen,
+    curves,
+    further,
+    headline,
+    kept,
+    layers,
+    passages,
+    tables,
+    words,
+)
 from sparing.run.report.read import Run, number, read
 from sparing.run.report.render import render
 
@@ -47,6 +57,8 @@ def write(run_dir: Path) -> Path:
         samples=passages.samples(run),
         chosen=chosen.chosen(run),
         pictures=chosen.pictures(run),
+        further=further.charts(run),
+        tables=further.tables(run),
         kept=kept.kept(run),
         domain_name=run.domain_name,
         command=command,
