@@ -135,7 +135,8 @@ def test_packed_csv_and_tabs_without_a_header_are_read(tmp_path):
     assert log.train.labels.tolist() == [1, 0, 0]
     assert log.train.ids.tolist() == [[2], [0], [3]]
     assert log.train.numeric[:, 0].tolist() == [1, 0, -1]
-    assert log.development is None and log.test is None
+    assert log.development is None
+    assert log.test is None
 
 
 def test_auto_takes_memory_then_streams_or_shards(tmp_path):
@@ -437,5 +438,5 @@ def test_files_that_change_while_they_are_streamed_are_an_error(tmp_path):
     path = written(tmp_path / "log.parquet", made(), row_group_size=100)
     log = read(path, SCHEMA, BY_TIME, hold="stream")
     written(path, made(seed=5), row_group_size=100)
-    with pytest.raises(RequestError, match="have changed|cannot be read"):
+    with pytest.raises(RequestError, match=r"have changed|cannot be read"):
         list(Batches(log.train, 64))
