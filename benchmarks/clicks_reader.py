@@ -16,6 +16,7 @@ Writes benchmarks/records/clicks_reader.json.
 from __future__ import annotations
 
 import argparse
+import itertools
 import tempfile
 import time
 from pathlib import Path
@@ -107,7 +108,7 @@ class Network(nn.Module):
         widths = (10 * len(sizes) + 1, 400, 400, 400)
         layers = [
             layer
-            for a, b in zip(widths, widths[1:], strict=False)
+            for a, b in itertools.pairwise(widths)
             for layer in (nn.Linear(a, b), nn.ReLU())
         ]
         self.deep = nn.Sequential(*layers, nn.Linear(400, 1))
