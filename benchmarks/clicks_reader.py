@@ -107,9 +107,7 @@ class Network(nn.Module):
         self.offsets = torch.tensor([0, *sizes[:-1]]).cumsum(0)
         widths = (10 * len(sizes) + 1, 400, 400, 400)
         layers = [
-            layer
-            for a, b in itertools.pairwise(widths)
-            for layer in (nn.Linear(a, b), nn.ReLU())
+            layer for a, b in itertools.pairwise(widths) for layer in (nn.Linear(a, b), nn.ReLU())
         ]
         self.deep = nn.Sequential(*layers, nn.Linear(400, 1))
 
