@@ -137,7 +137,7 @@ class LogFiles:
             return _unreadable(file, error, first)
         if not (cell or line)[2 if cell else 1]:  # type: ignore[index]
             # only a reader that is not threaded counts rows
-            again = _exhaust(file, self.schema, self._csv_types())
+            again = _exhaust(file, self.schema, self._csv_types() if self._types else {})
             message = message if again is None else again
             cell, line = _CELL.match(message), _LINE.match(message)
         headed = 0 if self.schema.header else 1
@@ -145,18 +145,19 @@ class LogFiles:
             header = self.schema.header or _header(file, self.schema)
             name = header[int(cell[1])] if int(cell[1]) < len(header) else f"number {cell[1]}"
             value = cell[4].removeprefix("invalid value ").strip("'")
-            row = int(cell[2]) - 1 - headed if cell[2] else first
+            place = int(cell[2]) - 1 - headed if cell[2] else first
             expected = "a label, 0 or 1" if name == self.schema.label else _expected(cell[3])
-            found = Misplaced(name, row, value, expected, str(file))
+            found = Misplaced(name, place, value, expected, str(file))
             if name in self.schema.categorical:
                 return RequestError(
                     f'{found}; or read the column as text: text=["{name}"]. So it is if it '
                     "changes its type between files"
                 )
             return found
-        assert line is not None
-        where = f", row {int(line[1]) - headed:,}" if line[1] else ""
-        return RequestError(f"{file}{where} is no row of CSV: {line[2][:200]}")
+        if line is None or not line[1]:
+            return _unreadable(file, error, first)
+        row = int(line[1]) - headed
+        return RequestError(f"{file}, row {row:,} is no row of CSV: {line[2][:200]}")
 
     def _check(self) -> None:
         """Columns, types and row groups of every file."""
@@ -233,7 +234,7 @@ class LogFiles:
             found = _csv_file(file, self.schema, {}, include=False).schema
             return dict(zip(found.names, found.types, strict=True)), [0]
         except (OSError, pa.ArrowException) as error:
-            raise _unreadable(file, error, 0) from error
+            raise self._told(file, error, 0) from error
 
 
 def column_types(path: str | Path, *, header: Sequence[str] = ()) -> dict[str, Any]:

