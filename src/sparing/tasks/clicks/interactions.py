@@ -135,7 +135,7 @@ class MixedCross(nn.Module):
         x = x0
         for gate, down, inner, up in zip(self.gates, self.down, self.inner, self.up, strict=True):
             shares = gate(x).softmax(1)  # (B, E)
-            low = torch.tanh(down(x)).unflatten(1, (self.experts, self.rank))
+            low = torch.tanh(down(x)).view(x.shape[0], self.experts, self.rank)
             assert isinstance(inner, nn.ModuleList)
             states = torch.stack([one(low[:, i]) for i, one in enumerate(inner)], 1)
             weighted = shares.unsqueeze(2) * torch.tanh(states)  # (B, E, r)

@@ -19,13 +19,12 @@ Floats = NDArray[np.float64]
 Ids = NDArray[Any]
 
 
-def smoothed(positives: Floats, rows: Floats, prior: Any, strength: float) -> Floats:
+def smoothed(positives: Any, rows: Any, prior: Any, strength: float) -> Any:
     """The rate with ``strength`` imagined rows of the rate ``prior``: (n + s p) / (N + s).
 
     The posterior mean of a rate whose prior is a beta distribution with that mean and weight.
     """
-    found: Floats = (positives + strength * prior) / (rows + strength)
-    return found
+    return (positives + strength * prior) / (rows + strength)
 
 
 def log_odds(rate: Any) -> Any:

@@ -11,7 +11,7 @@ import numpy as np
 
 from sparing.core.errors import RequestError
 from sparing.tasks.clicks import promotions
-from sparing.tasks.clicks.encoded import ARRAYS, Encoded
+from sparing.tasks.clicks.encoded import Encoded
 from sparing.tasks.clicks.held import Streamed
 from sparing.tasks.clicks.options import ClicksOptions
 from sparing.tasks.clicks.read import ClickLog, find_schema, read
@@ -54,8 +54,13 @@ def load(options: ClicksOptions) -> tuple[ClickLog, str]:
 def in_memory(data: Encoded | Streamed) -> Encoded:
     """Rows that are mapped from files, read."""
     assert isinstance(data, Encoded)
-    arrays = [np.array(getattr(data, name)) for name in ARRAYS]
-    return Encoded(*arrays, np.array(data.bounds))
+    return Encoded(
+        ids=np.array(data.ids),
+        numeric=np.array(data.numeric),
+        labels=np.array(data.labels),
+        time=np.array(data.time),
+        bounds=np.array(data.bounds),
+    )
 
 
 def _read(path: Any, schema: Schema, split: Split, options: ClicksOptions) -> ClickLog:
@@ -82,9 +87,10 @@ def _schema(options: ClicksOptions) -> Schema:
 
 def _split(options: ClicksOptions) -> Split:
     given = {"development": options.development, "test": options.test}
+    chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if options.time is not None:
-        return ByTime(**{name: int(value) for name, value in given.items() if value is not None})
-    return ByHash(**{name: value for name, value in given.items() if value is not None})
+        return ByTime(**{name: int(value) for name, value in chosen.items()})
+    return ByHash(**chosen)
 
 
 def _needs_pyarrow() -> None:
