@@ -189,7 +189,9 @@ path, kill = sys.argv[1], int(sys.argv[2])
 batches = Batches(ZipfLog(rows=5000, fields=3, ids=100, pairs=1, block_rows=300), 64, buffer=3)
 told = {"seen": []}
 if os.path.exists(path):
-    told = json.load(open(path)); batches.load_state_dict(told["state"])
+    with open(path) as file:
+        told = json.load(file)
+    batches.load_state_dict(told["state"])
 for epoch in range(batches.epoch, 3):
     batches.set_epoch(epoch)
     for batch in batches:
