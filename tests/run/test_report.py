@@ -14,6 +14,7 @@ import pytest
 
 from sparing.core.errors import RequestError
 from sparing.run.report import charts, layers, passages, render, words, write, write_many
+from sparing.run.report.clipped import clipped
 from sparing.run.report.read import read
 
 make = runpy.run_path(str(Path(__file__).parents[1] / "fixtures" / "fake_run.py"))["make"]
@@ -403,3 +404,32 @@ def test_matrices_are_shown_with_the_part_of_them_that_exists(tmp_path: Path) ->
     assert "base.layers" not in found.text
     cells = [attrs["class"] for tag, attrs in found.tags if tag == "i" and "class" in attrs]
     assert [c for c in cells if c in ("r0", "r4", "r8")][-4:] == ["r8", "r0", "r4", "r0"]
+
+
+def test_clipped_rows_are_told_by_how_often_their_ids_came(tmp_path: Path) -> None:
+    path = make(tmp_path / "run")
+    assert "Which updates it clipped" not in page(path).text
+    told = {
+        "frequencies": [1, 2, 4],
+        "present": [10, 40, 0],
+        "clipped": [1, 30, 0],
+        "share": 0.62,
+        "tables": {"users": {"rows": [7, 5, 0], "norms": [0.5, 0.25, 0.0]}, "<broken>": None},
+    }
+    edit(path / "page.json", rows_clipped=told)
+    with (path / "metrics.jsonl").open("a") as file:
+        for step in (1, 2):
+            signals = {"cowclip": {"clipped": step / 4}, "other": {"alive": 3}}
+            file.write(json.dumps({"kind": "train", "step": step, "signals": signals}) + "\n")
+    found = page(path)
+    assert re.search(r"62.% had a gradient that was clipped", found.text)
+    assert "rows clipped, percent of those in a step" in found.text
+    assert "rows of <broken>" in found.text
+    shown = clipped(read(path))
+    assert shown is not None
+    assert [(r["frequency"], r["present"]) for r in shown["rows"]] == [
+        ("1", "10"),
+        ("2 to 3", "40"),
+    ]
+    assert shown["rows"][1]["cells"] == ["5", "0.25", "-", "-"]
+    assert shown["rows"][1]["clipped"].startswith("75")

@@ -251,11 +251,11 @@ class CowClip(Method):
     def page(
         self, model: nn.Module, passages: list[dict[str, Any]], read: Callable[[Any], Any]
     ) -> dict[str, Any]:
-        """``tables``: the share clipped by frequency, rows and their mean norms by frequency."""
+        """``rows_clipped``: the share clipped, and rows and their mean norms, by frequency."""
         found = tables.find(model, self.options.tables, linear=self.options.linear)
         present, over = self._binding.by_frequency.tolist()
         return {
-            "tables": {
+            "rows_clipped": {
                 "frequencies": [1 << place for place in range(BINS)],
                 "present": present,
                 "clipped": over,

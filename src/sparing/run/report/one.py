@@ -8,6 +8,7 @@ from typing import Any, Final
 from sparing.core.state import atomic_write_text
 from sparing.run.report import (
     chosen,
+    clipped,
     curves,
     further,
     headline,
@@ -60,6 +61,7 @@ def write(run_dir: Path) -> Path:
         further=further.charts(run),
         tables=further.tables(run),
         kept=kept.kept(run),
+        clipped=clipped.clipped(run),
         domain_name=run.domain_name,
         command=command,
         command_note=note,
