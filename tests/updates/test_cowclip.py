@@ -276,12 +276,14 @@ def test_tables_get_a_group_of_their_own():
     method = CowClip(table_lr=0.5, table_decay=0.0, table_eps=1e-7, table_rule="rowwise-adam")
     groups = method.optimizer(model, [{"params": list(model.named_parameters()), "lr": 0.1}])
     assert [[name for name, _ in group["params"]] for group in groups] == [
+        ["table.weight"],  # first, as in the model
         ["linear.weight", "out.weight", "out.bias"],
-        ["table.weight"],
     ]
-    assert groups[0] == {"params": groups[0]["params"], "lr": 0.1}
-    assert groups[1]["lr"] == groups[1]["fixed_lr"] == 0.5
-    assert (groups[1]["eps"], groups[1]["rule"]) == (1e-7, "rowwise-adam")
+    assert groups[1] == {"params": groups[1]["params"], "lr": 0.1}
+    assert groups[0]["lr"] == groups[0]["fixed_lr"] == 0.5
+    assert (groups[0]["eps"], groups[0]["rule"]) == (1e-7, "rowwise-adam")
+    behind = [{"params": list(model.named_parameters())[::-1]}]
+    assert [name for name, _ in method.optimizer(model, behind)[1]["params"]] == ["table.weight"]
     plain = [{"params": list(model.parameters())}]
     assert len(method.optimizer(model, plain)) == 2
     assert CowClip().optimizer(model, plain) is plain

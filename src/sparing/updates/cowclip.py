@@ -123,10 +123,12 @@ class CowClip(Method):
                 parameter = entry[1] if isinstance(entry, tuple) else entry
                 parts[id(parameter) in weights].append(entry)
             rest, ours = parts
-            if rest:
-                made.append({**group, "params": rest})
+            split = [{**group, "params": rest}] if rest else []
             if ours:
-                made.append({**group, **own, "params": ours})
+                # as the model has them: a global norm adds up in the groups' order, in float32
+                first = not rest or group["params"][0] is ours[0]
+                split.insert(0 if first else 1, {**group, **own, "params": ours})
+            made += split
         return made
 
     def bind(self, *, model: nn.Module | None = None, **known: Any) -> None:
