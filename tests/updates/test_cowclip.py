@@ -131,7 +131,8 @@ def test_bags_count_each_lookup(mode, shape, named):
     given = {
         "matrix": {"input": flat.view(2, 3)},
         "offsets": {"input": flat, "offsets": torch.tensor([0, 2])},
-        "last": {"input": torch.cat([flat, flat]), "offsets": torch.tensor([0, 2, 6])},
+        # none behind the last offset: torch's own gradient is not defined there
+        "last": {"input": flat, "offsets": torch.tensor([0, 2, 6])},
     }[shape]
     (bag(**given) if named else bag(*given.values())).square().sum().backward()
     raw = bag.weight.grad.clone()
