@@ -309,7 +309,7 @@ def test_the_rate_of_tables_stays_out_of_the_schedule():
         )
         session.step(losses, context)
         seen.append([group["lr"] for group in session.optimizer.param_groups])
-    assert seen == [[0.025, 0.5]] * 4
+    assert seen == [[0.5, 0.025]] * 4
 
 
 # ---- what is refused -------------------------------------------------------------------------
