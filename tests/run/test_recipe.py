@@ -167,7 +167,7 @@ def test_difference_names_the_first_key():
         ("train.weight_decay=-0.1", "train.weight_decay must be at least 0, got -0.1"),
         ("train.clip=0", "train.clip must be above 0 or null, got 0"),
         ("train.betas=[0.9, 1.0]", r"train.betas must be in \[0, 1\), got \[0.9, 1.0\]"),
-        ("train.optimizer=lion", r"recipe\.train\.optimizer: .*'muon' or 'sgd'.*'lion'"),
+        ("train.optimizer=lion", r"recipe\.train\.optimizer: .*'muon', 'sgd' or 'rowwise'.*'lion'"),
         ("train.precision=fp8", r"recipe\.train\.precision: .*'fp8'"),
         ("watch.log=0", r"watch.log must be in \(0, 1\], got 0"),
         ("seed=-1", r"seed must be in \[0, 2\*\*32\), got -1"),

@@ -196,6 +196,12 @@ class Clicks:
 
         saved.write(model, path, self._ready()[2], self._label)
 
+    def load(self, path: Path) -> nn.Module:
+        """The model that ``export`` wrote. Raises RequestError if it cannot be read."""
+        from sparing.tasks.clicks import saved
+
+        return saved.read(path).model.eval()
+
     def references(self) -> dict[str, dict[str, float]]:
         """AUC of smoothed target rates; {} where it is undefined. See ``reference``."""
         rows, held_out, vocabulary = self._ready()
