@@ -100,6 +100,13 @@ def test_each_axis_has_a_plot_and_the_first_shows_without_a_script(source):
     assert "hidden" in chooser  # it does nothing without a script
 
 
+def test_seeds_stand_in_the_order_of_numbers(tmp_path):
+    values = {"top-k 2": [1.9 + seed / 100 for seed in range(11)], "dense": [2.0] * 3}
+    text = Page(write(tmp_path, arms_on_disk(tmp_path / "arms", values))).text
+    told = re.findall(r"seed (\d+)", text[text.index("Every run") :])
+    assert told[:11] == [str(seed) for seed in range(11)]
+
+
 def test_the_page_says_what_was_found(source):
     text = Page(source).text
     assert "1 different and 1 equivalent" in text or "1 equivalent and 1 different" in text

@@ -80,13 +80,19 @@ def _drawn(interval: Any, margin: tuple[float, float], reach: float) -> dict[str
     }
 
 
+def seeds_of(comparison: Comparison) -> list[int | None]:
+    """Every seed that a run has, in order; first None, where a run tells none."""
+    found = {run.seed for arm in comparison.arms for run in arm.runs}
+    return sorted(found, key=lambda seed: -1 if seed is None else seed)
+
+
 def rows(comparison: Comparison, place: Path) -> list[dict[str, Any]]:
     """Every arm with the metric of every seed, marked where something is not as usual.
 
     A run whose page lies below the directory ``place``, where this page goes, is linked to it.
     """
     usual = comparison.code
-    seeds = sorted({run.seed for arm in comparison.arms for run in arm.runs}, key=str)
+    seeds = seeds_of(comparison)
     found = []
     for number, arm in enumerate(comparison.arms, start=1):
         by_seed = {run.seed: run for run in arm.runs}

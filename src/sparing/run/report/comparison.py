@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 from sparing.core.state import atomic_write_text
 from sparing.run.report import scatter, words
-from sparing.run.report.arms import curves, differences, rows, settings
+from sparing.run.report.arms import curves, differences, rows, seeds_of, settings
 from sparing.run.report.render import render
 from sparing.run.report.scatter import Point, Scatter
 from sparing.run.report.tables import UNIT_NAMES, UNITS
@@ -51,7 +51,7 @@ def write(comparison: Comparison, path: Path) -> Path:
         differences=differences(comparison),
         charts=curves(comparison),
         rows=rows(comparison, path.parent),
-        seeds=sorted({run.seed for arm in comparison.arms for run in arm.runs}, key=str),
+        seeds=seeds_of(comparison),
         settings=settings(comparison),
         command=str(about.get("command") or ""),
         facts=_facts(comparison),
