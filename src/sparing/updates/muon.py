@@ -14,10 +14,10 @@ from typing import Any, final
 
 import torch
 from torch import Tensor
-from torch.optim.adamw import adamw
 
 from sparing.core.checks import require_number, require_whole
 from sparing.core.errors import RequestError
+from sparing.updates.adamw import adamw_
 
 # quintic coefficients of the original post: fast growth of small singular values, to about 1
 A, B, C = 3.4445, -4.7750, 2.0315
@@ -117,7 +117,7 @@ class Muon(torch.optim.Optimizer):
             if group["rule"] == "muon":
                 self._muon(group)
             else:
-                self._adamw(group)
+                adamw_(group, self.state)
         return loss
 
     def _muon(self, group: dict[str, Any]) -> None:
@@ -141,30 +141,3 @@ class Muon(torch.optim.Optimizer):
             for (p, _), part in zip(entries, parts, strict=True):
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.add_(part.view_as(p), alpha=-rate)
-
-    def _adamw(self, group: dict[str, Any]) -> None:
-        params = [p for p in group["params"] if p.grad is not None]
-        if not params:
-            return
-        for p in params:
-            state = self.state[p]
-            if not state:
-                state["step"] = torch.zeros(())
-                state["exp_avg"] = torch.zeros_like(p)
-                state["exp_avg_sq"] = torch.zeros_like(p)
-        adamw(
-            params,
-            [p.grad for p in params],
-            [self.state[p]["exp_avg"] for p in params],
-            [self.state[p]["exp_avg_sq"] for p in params],
-            [],
-            [self.state[p]["step"] for p in params],
-            foreach=True,
-            amsgrad=False,
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=False,
-        )

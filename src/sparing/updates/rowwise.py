@@ -12,10 +12,10 @@ from typing import Any, final
 
 import torch
 from torch import Tensor
-from torch.optim.adamw import adamw
 
 from sparing.core.checks import require_number
 from sparing.core.errors import RequestError, unknown
+from sparing.updates.adamw import adamw_
 from sparing.updates.options import RULES
 
 
@@ -149,33 +149,9 @@ class RowWise(torch.optim.Optimizer):
         p.index_copy_(0, ids, (p.index_select(0, ids).to(wide) - update).to(p.dtype))
 
     def _adamw(self, group: dict[str, Any]) -> None:
-        params = [p for p in group["params"] if p.grad is not None]
-        if any(p.grad.is_sparse for p in params):
+        if any(p.grad is not None and p.grad.is_sparse for p in group["params"]):
             raise RequestError(
                 'rule "adamw" takes no sparse gradients; put tables into a group with '
                 'rule="rowwise-adagrad" or "rowwise-adam" (CowClip(table_rule=...) does)'
             )
-        if not params:
-            return
-        for p in params:
-            state = self.state[p]
-            if not state:
-                state["step"] = torch.zeros(())
-                state["exp_avg"] = torch.zeros_like(p)
-                state["exp_avg_sq"] = torch.zeros_like(p)
-        adamw(
-            params,
-            [p.grad for p in params],
-            [self.state[p]["exp_avg"] for p in params],
-            [self.state[p]["exp_avg_sq"] for p in params],
-            [],
-            [self.state[p]["step"] for p in params],
-            foreach=True,
-            amsgrad=False,
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=False,
-        )
+        adamw_(group, self.state)
