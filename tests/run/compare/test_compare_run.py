@@ -201,6 +201,9 @@ def test_a_comparison_ends_at_the_look_that_decides(recipe, tmp_path):
     assert "every verdict is decided after look 1 of 2" in said
     assert found.arm("wide").judgement.alpha == pytest.approx(0.025)
     assert found.arm("wide").judgement.n == 3
+    again = sparing.compare(tmp_path / "out")  # the planned looks and the level are the directory's
+    assert (again.looks, again.arm("wide").judgement.alpha) == (2, pytest.approx(0.025))
+    assert sparing.compare(tmp_path / "out", looks=1).arm("wide").judgement.alpha == 0.05
 
 
 def test_an_undecided_look_goes_on(recipe, tmp_path):

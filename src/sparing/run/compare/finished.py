@@ -145,15 +145,17 @@ def compare(
     *,
     baseline: str | None = None,
     margin: str | None = None,
-    level: float = 0.95,
-    looks: int = 1,
+    level: float | None = None,
+    looks: int | None = None,
 ) -> Comparison:
     """Compare finished runs, pairing seeds, without running anything.
 
     runs: {arm: its run directories}, or a list of run directories (those in one directory
     ``ARM/seed-N``, or of equal settings, are one arm), or the directory of ``sparing compare``.
     baseline: the arm to compare with; margin: the difference that would not matter, such as
-    ``"+-0.02 bits_per_byte"``; both may be left out for a directory of ``sparing compare``.
+    ``"+-0.02 bits_per_byte"``; level: of the intervals, 0.95 unless told; looks: how many were
+    planned, over which the error rate is split, 1 unless told. A directory of ``sparing compare``
+    has all four.
 
     Raises:
         RequestError: the arms differ in task, data, evaluation or budget, a directory holds no
@@ -164,6 +166,8 @@ def compare(
     if isinstance(runs, str | Path) and (Path(runs) / STATE).is_file():
         held = read_json(Path(runs) / STATE)
         baseline, margin = baseline or held["baseline"], margin or held["margin"]
+        level = held.get("level") if level is None else level
+        looks = held.get("looks") if looks is None else looks
         declared = {name: arm.get("declared", {}) for name, arm in held["arms"].items()}
         about = held.get("about", {})
         found = {
@@ -173,9 +177,14 @@ def compare(
     else:
         found, declared = _found(runs), {}
     return judged(
-        found, baseline=baseline, margin=margin, level=level, looks=looks,
-        declared=declared, about=about,
-    )  # fmt: skip
+        found,
+        baseline=baseline,
+        margin=margin,
+        level=0.95 if level is None else level,
+        looks=1 if looks is None else looks,
+        declared=declared,
+        about=about,
+    )
 
 
 def judged(
