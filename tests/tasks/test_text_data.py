@@ -199,7 +199,7 @@ def test_the_recipe_runs_on_what_is_shipped_and_its_preset_on_news():
     news = recipe.load("adapters-text", preset="agnews", smoke=False)
     assert (news.task["dataset"], news.task["encoder"]) == ("agnews", "minilm")
     # a text of AG News has 50 tokens on average where 64 are read at most
-    assert planned_steps(news, SimpleNamespace(tokens_per_sample=50)) == 200
+    assert planned_steps(news, SimpleNamespace(tokens_per_sample=50)) == 100
     small = recipe.load("adapters-text", preset="agnews", smoke=True)
     assert (small.task["dataset"], small.task["encoder"]) == ("passages", "tiny")
 

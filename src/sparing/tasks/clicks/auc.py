@@ -84,9 +84,10 @@ def placements(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     scores, labels = checked(scores, labels)
     positive, negative = _both(labels)
     above, below, place = _counts(scores, labels)
-    under = (below.cumsum(0) - below + 0.5 * below) / negative
+    above, below = above.double(), below.double()  # half of a whole number is float32 otherwise
+    under = (below.cumsum(0) - 0.5 * below) / negative
     over = (positive - above.cumsum(0) + 0.5 * above) / positive
-    return under.double()[place[labels]], over.double()[place[~labels]]
+    return under[place[labels]], over[place[~labels]]
 
 
 @final

@@ -52,7 +52,7 @@ def calibration(log_odds: Tensor, labels: Tensor, bins: int = 10) -> Calibration
     if not len(labels):
         raise RequestError("there are no rows to compare rates of")
     _, place, counts = torch.unique(log_odds, return_inverse=True, return_counts=True)
-    middle = counts.cumsum(0) - 0.5 * counts  # how many rows lie below, ties halved
+    middle = counts.cumsum(0) - 0.5 * counts.double()  # how many rows lie below, ties halved
     whose = (middle * bins / len(labels)).long().clamp(max=bins - 1)[place]
     chance, truth = log_odds.sigmoid(), labels.double()
     rows = torch.bincount(whose, minlength=bins)
