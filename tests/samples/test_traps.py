@@ -312,7 +312,7 @@ def test_losses_and_ids_that_do_not_fit(losses, ids, message):
 
 @pytest.mark.parametrize("ratio", [-0.1, 1, 1.0, 1.5, float("nan"), "half"])
 def test_ratios_outside_their_range(ratio):
-    with pytest.raises(RequestError, match="ratio must be"):
+    with pytest.raises(RequestError, match=r"the share that is left out, must be in \[0, 1\)"):
         sparing.InfoBatch(ratio=ratio)
 
 

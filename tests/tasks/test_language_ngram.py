@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sparing.core.cache import cache_folder
 from sparing.core.errors import RequestError
 from sparing.tasks.language import corpus, reference
 from sparing.tasks.language.ngram import NGram
@@ -197,7 +198,7 @@ def test_a_broken_cache_is_measured_again(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     calls = _pretend(monkeypatch)
     _ask()
-    (kept,) = reference._cache_folder().iterdir()
+    (kept,) = cache_folder().iterdir()
     kept.write_text(content, encoding="utf-8")
     assert _ask()["xz"]["mean"] == 1.5
     assert len(calls) == 2

@@ -57,9 +57,8 @@ def plan(
 
 def check_ratio(ratio: object) -> None:
     """Raise RequestError unless ``ratio`` is a number in [0, 1)."""
-    require_number("ratio", ratio, 0, 1)
-    if ratio == 1:
-        raise RequestError("ratio must be below 1, got 1; it is the share that is left out")
+    if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 <= ratio < 1:
+        raise RequestError(f"ratio, the share that is left out, must be in [0, 1), got {ratio!r}")
 
 
 @final

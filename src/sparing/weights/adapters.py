@@ -21,6 +21,7 @@ from sparing.weights.build import parts as build
 from sparing.weights.build import spots
 from sparing.weights.factor import Factor
 from sparing.weights.files import load_adapter_, save_adapter, stored_bytes
+from sparing.weights.frozen import enter, trained_only
 from sparing.weights.installed import base_parameters, merged, names, note_of, parts, trained
 from sparing.weights.installing import installing
 from sparing.weights.options import Options, require_name
@@ -116,10 +117,7 @@ class SparseAdapter(Method):
         }
 
     def optimizer(self, model: nn.Module, groups: ParamGroups) -> ParamGroups:
-        def is_trained(entry: Any) -> bool:
-            return bool((entry[1] if isinstance(entry, tuple) else entry).requires_grad)
-
-        return [{**g, "params": [p for p in g["params"] if is_trained(p)]} for g in groups]
+        return trained_only(groups)
 
     def touches(self) -> list[str]:
         lines = [
@@ -134,13 +132,8 @@ class SparseAdapter(Method):
         return lines
 
     def account(self, ledger: Ledger) -> None:
-        if self._sizes:
-            base = self._sizes["base"]
-            ledger.set_level("parameters", spent=self._sizes["trained"], dense=base)
-            ledger.set_level("active_parameters", spent=base + self._sizes["values"], dense=base)
-        if any(self._written):
-            ledger.add("bytes", spent=self._written[0], dense=self._written[1])
-            self._written = (0, 0)
+        enter(ledger, self._sizes, self._written)
+        self._written = (0, 0)
 
     def signals(self) -> dict[str, Signal]:
         if not self._sizes:

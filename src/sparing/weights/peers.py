@@ -25,6 +25,7 @@ from sparing.core.ledger import Ledger
 from sparing.core.method import Method, ParamGroups, Setup, Signal
 from sparing.core.state import replacing
 from sparing.weights.adapter import places
+from sparing.weights.frozen import enter, trained_only
 from sparing.weights.peft import CONFIG, PREFIX, WEIGHTS
 from sparing.weights.places import heads, lora_targets
 
@@ -168,10 +169,7 @@ class Peft(Method):
         }
 
     def optimizer(self, model: nn.Module, groups: ParamGroups) -> ParamGroups:
-        def is_trained(entry: Any) -> bool:
-            return bool((entry[1] if isinstance(entry, tuple) else entry).requires_grad)
-
-        return [{**g, "params": [p for p in g["params"] if is_trained(p)]} for g in groups]
+        return trained_only(groups)
 
     def touches(self) -> list[str]:
         if not self._sizes:
@@ -182,13 +180,8 @@ class Peft(Method):
         ]
 
     def account(self, ledger: Ledger) -> None:
-        if self._sizes:
-            base = self._sizes["base"]
-            ledger.set_level("parameters", spent=self._sizes["trained"], dense=base)
-            ledger.set_level("active_parameters", spent=base + self._sizes["values"], dense=base)
-        if any(self._written):
-            ledger.add("bytes", spent=self._written[0], dense=self._written[1])
-            self._written = (0, 0)
+        enter(ledger, self._sizes, self._written)
+        self._written = (0, 0)
 
     def signals(self) -> dict[str, Signal]:
         if not self._sizes:

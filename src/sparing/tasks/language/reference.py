@@ -19,23 +19,17 @@ bytes that are spread evenly over all of it.
 from __future__ import annotations
 
 import hashlib
-import json
 import lzma
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from sparing.core.cache import cache_folder as _cache_folder
-from sparing.core.errors import RunError
-from sparing.core.state import atomic_write_json
+from sparing.tasks import figures
+from sparing.tasks.figures import Scores
 from sparing.tasks.language.corpus import Split
 from sparing.tasks.language.ngram import Integers, NGram
-
-Scores = dict[str, dict[str, float]]
 
 _PROTOCOL = 1  # raise it whenever the figures would change for the same data
 _ORDER = 5
@@ -51,12 +45,9 @@ def references(
     held-out text. Takes seconds; kept in the user's cache under a hash of ``fingerprint`` and
     windows, where that can be written.
     """
-    path = _cache_folder() / f"language-{_key(starts, length, fingerprint)}.json"
-    kept = _read(path, set(texts))
-    if kept is None:
-        kept = measure(texts, starts, length)
-        _write(path, kept)
-    return kept
+    key = _key(starts, length, fingerprint)
+    wanted = set(texts) | {"mean"}
+    return figures.kept("language", key, wanted, lambda: measure(texts, starts, length))
 
 
 def measure(texts: Mapping[str, Split], starts: Mapping[str, Integers], length: int) -> Scores:
@@ -113,23 +104,3 @@ def _key(starts: Mapping[str, Integers], length: int, fingerprint: str) -> str:
     for name in sorted(starts):
         digest.update(name.encode() + starts[name].astype("<i8").tobytes())
     return digest.hexdigest()[:32]
-
-
-def _read(path: Path, domains: set[str]) -> Scores | None:
-    """What the cache holds, if it is whole and of the right form."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        scores = {
-            str(method): {str(name): float(value) for name, value in row.items()}
-            for method, row in found.items()
-        }
-    except (OSError, ValueError, TypeError, AttributeError):
-        return None
-    wanted = domains | {"mean"}
-    return scores if scores and all(set(row) == wanted for row in scores.values()) else None
-
-
-def _write(path: Path, scores: Scores) -> None:
-    """Keep ``scores``; a cache that cannot be written only costs the seconds next time."""
-    with suppress(RunError):
-        atomic_write_json(path, scores)
