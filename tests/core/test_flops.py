@@ -228,6 +228,33 @@ def test_counting_leaves_no_trace() -> None:
         assert not torch.is_grad_enabled()
 
 
+def test_a_dense_count_keeps_nothing_for_a_backward_pass() -> None:
+    model, loss = llama()
+    found: list[Tensor] = []
+
+    def run() -> Tensor:
+        found.append(loss())
+        return found[0]
+
+    count(model, run, dense=True)
+    with pytest.raises((RuntimeError, TypeError)):
+        found[0].backward()
+    loss().backward()
+
+
+def test_frozen_parts_stay_frozen_after_a_dense_count_that_fails() -> None:
+    model, _ = llama()
+    model.requires_grad_(False)
+
+    def fail() -> None:
+        assert all(p.requires_grad for p in model.parameters())
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        count(model, fail, dense=True)
+    assert not any(p.requires_grad for p in model.parameters())
+
+
 def test_an_error_in_run_leaves_no_trace_either() -> None:
     model, _ = llama()
     model.train()

@@ -75,6 +75,17 @@ def test_what_is_trained_on_texts_comes_back_without_its_data(method, tmp_path, 
         assert task.evaluate(sparing.load(path)) == summary["metrics"]
 
 
+def test_the_account_compares_an_adapters_flops_with_those_of_training_the_whole(tmp_path):
+    arms = {"adapter": [], "peft": ['methods={"peft": {"r": 2}}'], "full": ["methods={}"]}
+    found = {}
+    for name, overrides in arms.items():
+        found[name] = run(text(*overrides), tmp_path / name, page=False)["ledger"]["flops"]
+    whole = found.pop("full")
+    assert whole["spent"] == whole["dense"]
+    for entry in found.values():
+        assert entry["spent"] < entry["dense"] == whole["spent"]
+
+
 def test_an_adapter_is_loaded_on_the_model_that_is_given(tmp_path):
     recipe = text()
     summary = run(recipe, tmp_path / "run", page=False)

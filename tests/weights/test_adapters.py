@@ -388,6 +388,16 @@ def test_flops_are_those_of_torchs_counter(kind):
 
 
 @every_kind
+def test_dense_flops_are_those_of_training_the_whole_base(kind):
+    model, base = adapted(bert(), kind=kind), bert()
+    frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+    dense = count(model, lambda: model(**batch(model)), dense=True)
+    assert dense.total == count(base, lambda: base(**batch(base))).total
+    assert [name for name, p in model.named_parameters() if not p.requires_grad] == frozen
+    assert dense.total > count(model, lambda: model(**batch(model))).total
+
+
+@every_kind
 def test_a_base_in_half_precision_gets_an_adapter_in_float32(kind):
     model = bert().to(torch.bfloat16)
     expected = logits(model)

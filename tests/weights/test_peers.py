@@ -104,6 +104,9 @@ def test_flops_are_those_that_torch_counts(kind):
         with counter:
             model(**inputs).loss.backward()
     assert counted.total == pytest.approx(counter.get_total_flops(), rel=0.01)
+    base = bert()
+    whole = flops.count(base, lambda: base(**inputs))
+    assert flops.count(model, lambda: model(**inputs), dense=True).total == whole.total
 
 
 def test_a_half_precision_base_gets_values_in_float32():

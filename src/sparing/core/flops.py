@@ -8,11 +8,13 @@ and works on every operation of every step, where this works once per shape of b
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from sparing.core.errors import RequestError
 from sparing.core.formulas import (
@@ -48,7 +50,7 @@ class Static:
         return self.forward + self.backward
 
 
-def count(model: nn.Module, run: Callable[[], Any]) -> Static:
+def count(model: nn.Module, run: Callable[[], Any], *, dense: bool = False) -> Static:
     """Run ``run()`` once, which must call ``model``, and count what a training step on it costs.
 
     Leaves no trace: the model runs in evaluation mode (no dropout, no running statistics, no
@@ -62,6 +64,11 @@ def count(model: nn.Module, run: Callable[[], Any]) -> Static:
     checkpointing computes again is not counted. Modules with a true ``owns_flops`` are left out
     with all their children: their cost depends on the data, they account for it themselves.
 
+    ``dense`` counts what training the whole model would cost: as if each parameter were trained,
+    and without modules that have a true ``beside_dense``, which methods put into it. Then nothing
+    is kept for a backward pass, which ``run`` must not ask for: the memory for training the whole
+    model may not be there.
+
     Raises RequestError if ``run`` calls no module that could be counted.
     """
     table: dict[str, list[tuple[Product, Tensor | None]]] = {}
@@ -69,12 +76,13 @@ def count(model: nn.Module, run: Callable[[], Any]) -> Static:
     handles = []
     modes = {module: module.training for module in model.modules()}
     fast = torch.backends.mha.get_fastpath_enabled()
+    frozen = [p for p in model.parameters() if not p.requires_grad and p.is_floating_point()]
     gpus = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     try:
         with_formula = 0
         for name, module in _parts(model, "", set()):
             formula = formula_of(module)
-            if formula is costs_nothing:
+            if formula is costs_nothing or (dense and getattr(module, "beside_dense", False)):
                 continue
             if formula is not None:
                 with_formula += 1
@@ -87,9 +95,17 @@ def count(model: nn.Module, run: Callable[[], Any]) -> Static:
         model.eval()
         # the fused encoder layer of torch, taken in evaluation only, calls none of its parts
         torch.backends.mha.set_fastpath_enabled(False)
-        with torch.random.fork_rng(devices=gpus), torch.enable_grad():
+        with ExitStack() as stack:
+            stack.enter_context(torch.random.fork_rng(devices=gpus))
+            stack.enter_context(torch.enable_grad())
+            if dense:
+                for parameter in frozen:
+                    parameter.requires_grad_(True)
+                stack.enter_context(saved_tensors_hooks(_keep_nothing, _keep_nothing))
             result = run()
     finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
         for handle in handles:
             handle.remove()
         torch.backends.mha.set_fastpath_enabled(fast)
@@ -116,6 +132,11 @@ def count(model: nn.Module, run: Callable[[], Any]) -> Static:
         by_module=by_module,
         uncounted=tuple(uncounted),
     )
+
+
+def _keep_nothing(saved: Any) -> Any:
+    """What the graph keeps of a tensor: its backward is never called, only its nodes are read."""
+    return None
 
 
 def _parts(module: nn.Module, name: str, seen: set[nn.Module]) -> Iterator[tuple[str, nn.Module]]:

@@ -132,6 +132,9 @@ class Method(abc.ABC):
     """Names of methods whose seams run before this one's when both are attached."""
     conflicts: ClassVar[Mapping[str, str]] = {}
     """Names of methods that cannot be attached beside this one, each with the reason."""
+    freezes: ClassVar[bool] = False
+    """Whether it trains a few values beside a frozen model. Dense training is then that of the
+    whole model, which hosts enter into the ledger as the FLOPs that would have been spent."""
 
     def __init__(self, **options: Any) -> None:
         known = [f.name for f in fields(self.Options)]

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparing.core import flops, ranks
+from sparing.core import ranks
 from sparing.core.clock import Clock
 from sparing.core.errors import RequestError
 from sparing.core.ledger import Ledger
 from sparing.core.method import Context, Method
 from sparing.hosts import loading
 from sparing.hosts.epochs import Epochs
+from sparing.hosts.static_flops import StaticFlops
 
 PROBE_BATCHES, PROBE_ROWS = 2, 4
 
@@ -58,7 +59,7 @@ class Host(Bound, abc.ABC):
     def _start(self, methods: list[Method]) -> None:
         self.methods, self.clock, self.ledger = methods, Clock(), Ledger()
         self._counted = [0, 0]  # samples and tokens of this rank since the last step
-        self._static: dict[Any, int] = {}
+        self._static = StaticFlops(methods, required=False)
         self._recent: deque[Any] = deque(maxlen=PROBE_BATCHES)
 
     @property
@@ -84,20 +85,10 @@ class Host(Bound, abc.ABC):
         samples, tokens = context.index.shape[0], loading.token_count(batch, context)
         self.ledger.add("samples", spent=samples)
         self.ledger.add("tokens", spent=tokens)
-        self.ledger.add("flops", spent=self._dense_flops(model, batch))
+        self.ledger.add("flops", **self._static.of(model, batch, self._mean_loss))
         self._counted[0] += samples
         self._counted[1] += tokens
         self._recent.append(batch)
-
-    def _dense_flops(self, model: nn.Module, batch: Any) -> int:
-        """FLOPs of the parts that no method accounts for, counted once for each shape."""
-        key = loading.shapes(batch)
-        if key not in self._static:
-            try:
-                self._static[key] = flops.count(model, lambda: self._mean_loss(model, batch)).total
-            except RequestError:  # a model without a single layer that has a formula
-                self._static[key] = 0
-        return self._static[key]
 
     def _step(self, optimizer: torch.optim.Optimizer) -> None:
         """The ``step`` seam, after the optimizer's step."""

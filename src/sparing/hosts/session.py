@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
-from sparing.core import flops, ranks
+from sparing.core import ranks
 from sparing.core.checks import require_whole
 from sparing.core.clock import Clock
 from sparing.core.errors import DivergedError, RequestError
@@ -38,6 +38,7 @@ from sparing.hosts.epochs import Epochs, Geometry
 from sparing.hosts.host import PROBE_BATCHES, PROBE_ROWS, Bound
 from sparing.hosts.layout import lay_out_like_parameters_
 from sparing.hosts.per_sample import Losses
+from sparing.hosts.static_flops import StaticFlops
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -110,7 +111,7 @@ class Session(Bound):
         self._losses, self._order, self._domain_of = losses, order, domain_of
         self._schedule, self._collate, self._workers = schedule, collate, workers
         self._recent: deque[Any] = deque(maxlen=PROBE_BATCHES)
-        self._static: dict[Any, int] = {}
+        self._static = StaticFlops(self.methods)
         self._limit = steps
         if len(data) == 0:
             raise RequestError("the data set is empty: there is nothing to train on")
@@ -352,22 +353,16 @@ class Session(Bound):
         samples, tokens = context.index.shape[0], loading.token_count(batch, context)
         self.ledger.add("samples", spent=samples)
         self.ledger.add("tokens", spent=tokens)
-        self.ledger.add("flops", spent=self._dense_flops(batch))
+        if self._losses is not None:
+            self.ledger.add("flops", **self._static.of(self.unwrapped, batch, self._mean_loss))
         everyone = torch.tensor([samples, tokens], dtype=torch.int64)
         ranks.sum_([everyone])
         self.clock.samples += int(everyone[0])
         self.clock.tokens += int(everyone[1])
 
-    def _dense_flops(self, batch: Any) -> int:
-        """FLOPs of the parts that no method accounts for, counted once for each shape."""
-        losses = self._losses
-        if losses is None:
-            return 0
-        key = loading.shapes(batch)
-        if key not in self._static:
-            model = self.unwrapped
-            self._static[key] = flops.count(model, lambda: losses(model, batch)[0].mean()).total
-        return self._static[key]
+    def _mean_loss(self, model: nn.Module, batch: Any) -> Tensor:
+        assert self._losses is not None
+        return self._losses(model, batch)[0].mean()
 
     def _optimizer_step(self, losses: Tensor, context: Context) -> None:
         optimizer = self._torch_optimizer

@@ -33,6 +33,8 @@ class Adapter(nn.Module, abc.ABC):
     units: ClassVar[tuple[tuple[tuple[str, int], ...], ...]] = ()
     """Groups of (factor, axis) that share one axis of units, dropped as a whole or not at all."""
     mergeable: ClassVar[bool] = False
+    beside_dense: ClassVar[bool] = True
+    """Left out where the FLOPs of training the whole base are counted."""
 
     def named_factors(self) -> Iterator[tuple[str, Factor]]:
         """Its factors by name."""

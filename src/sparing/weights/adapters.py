@@ -44,6 +44,7 @@ class SparseAdapter(Method):
     """
 
     name: ClassVar[str] = "sparse-adapter"
+    freezes: ClassVar[bool] = True
     Options = Options
     freezes_base: ClassVar[bool] = True
     """The base stays as it was bit for bit, and before training the adapter changes nothing."""

@@ -83,6 +83,7 @@ class Peft(Method):
     """Trains PEFT's own LoRA or SHiRA on a frozen base; see ``Options`` for its keywords."""
 
     name: ClassVar[str] = "peft"
+    freezes: ClassVar[bool] = True
     Options = Options
     conflicts: ClassVar[Mapping[str, str]] = {
         "sparse-adapter": "each of them freezes the other's values"
@@ -146,9 +147,13 @@ class Peft(Method):
             if parameter.dtype in (torch.float16, torch.bfloat16):
                 parameter.data = parameter.data.float()
         for path in where:
+            layer = model.get_submodule(path)
             # SHiRA reads the weight and never calls its layer: nothing there is to be counted
             if self.options.kind == "shira":
-                vars(model.get_submodule(f"{path}.base_layer"))["owns_flops"] = True
+                vars(layer.get_submodule("base_layer"))["owns_flops"] = True
+            for part in ("lora_A", "lora_B"):
+                if hasattr(layer, part):
+                    vars(getattr(layer, part)[NAME])["beside_dense"] = True
         for path in own:
             model.get_submodule(path).requires_grad_(True)
 
