@@ -79,7 +79,11 @@ def test_the_account_compares_an_adapters_flops_with_those_of_training_the_whole
     arms = {"adapter": [], "peft": ['methods={"peft": {"r": 2}}'], "full": ["methods={}"]}
     found = {}
     for name, overrides in arms.items():
-        found[name] = run(text(*overrides), tmp_path / name, page=False)["ledger"]["flops"]
+        ledger = run(text(*overrides), tmp_path / name, page=False)["ledger"]
+        found[name] = ledger["flops"]
+        if name != "full":
+            files = (tmp_path / name / "model").rglob("*")
+            assert ledger["bytes"]["spent"] == sum(f.stat().st_size for f in files if f.is_file())
     whole = found.pop("full")
     assert whole["spent"] == whole["dense"]
     for entry in found.values():

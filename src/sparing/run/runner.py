@@ -326,6 +326,7 @@ class _Run:
             place = self.directory.path / "model"
             for method in session.methods:
                 method.export(model, place)
+                method.account(session.ledger)  # the bytes that were written
                 shown |= method.page(
                     model, shown.get("passages", []), lambda passage: task.read(model, passage)
                 )

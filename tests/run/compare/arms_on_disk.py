@@ -22,14 +22,21 @@ VALUES = {
 
 
 def arms_on_disk(
-    root: Path, values: Mapping[str, Sequence[float]] = VALUES, *, flops: float = 12e12
+    root: Path,
+    values: Mapping[str, Sequence[float]] = VALUES,
+    *,
+    flops: float = 12e12,
+    steps: int = 70,
 ) -> dict[str, list[Path]]:
-    """Write a run for each value, seeds counting from 0; later arms cost more."""
+    """Write a run for each value, seeds counting from 0; later arms cost more.
+
+    Of 60 steps and fewer each has one evaluation, of more one at step 61 too.
+    """
     found: dict[str, list[Path]] = {}
     for number, (arm, each) in enumerate(values.items()):
         for seed, value in enumerate(each):
             path = root / arm.replace(" ", "-") / f"seed-{seed}"
-            make(path, steps=60, layers=1, offset=value - 1.93, seed=seed)
+            make(path, steps=steps, layers=1, offset=value - 1.93, seed=seed)
             edit_recipe(path, "seed: 0", f"seed: {seed}")
             spent = int(flops * (1 + 0.3 * number))
             edit(

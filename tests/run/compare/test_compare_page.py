@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import sparing
+from sparing.run.compare.found import find
 from sparing.run.report import comparison as page_of
 from sparing.run.report.scatter import HEIGHT, LINE, WIDTH, Point, front, scatter, style, window
 
@@ -220,3 +221,36 @@ def test_curves_have_each_seed_the_mean_and_a_mark_where_one_diverged(tmp_path):
     source = write(tmp_path, arms)
     assert len(re.findall(r'class="c\d thin"', source)) == 2 * 9
     assert len(re.findall(r'class="mark down"', source)) <= 2
+
+
+def test_runs_that_were_evaluated_once_show_how_their_training_loss_fell(tmp_path):
+    arms = arms_on_disk(tmp_path, steps=60)
+    source = write(tmp_path, arms)
+    assert "evaluated only once" in source
+    assert "training loss against tokens" in source
+    assert not re.findall(r'class="c\d thin"', source)
+
+
+def test_costs_far_apart_have_a_logarithmic_axis():
+    near = [Point(number=i, name=str(i), mean=(x, 1.0 + i), seeds=[]) for i, x in ((1, 5), (2, 50))]
+    far = [*near, Point(number=3, name="3", mean=(50_000.0, 4.0), seeds=[])]
+    flat, warped = (
+        scatter("k", "parameters", "trained", points, metric="bits", higher=False)
+        for points in (near, far)
+    )
+    assert "logarithmic" not in flat.x_name
+    assert warped.x_name == "parameters, logarithmic"
+    assert [tick.text for tick in warped.x_ticks] == ["10", "100", "1 k", "10 k", "100 k"]
+    places = [tag.x for tag in warped.tags]
+    assert places[1] - places[0] == pytest.approx((places[2] - places[1]) / 3)
+
+
+def test_what_a_run_stores_is_what_its_model_takes_on_disk(tmp_path):
+    arms = arms_on_disk(tmp_path)
+    for size, paths in enumerate(arms.values(), start=1):
+        for path in paths:
+            (path / "model" / "part").mkdir(parents=True)
+            (path / "model" / "part" / "weights").write_bytes(bytes(100 * size))
+            (path / "model" / "config").write_bytes(bytes(10))
+    assert "files of the trained model" in write(tmp_path, arms)
+    assert find(paths[0], "top-k 4").cost("stored") == 310

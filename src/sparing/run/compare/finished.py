@@ -12,7 +12,7 @@ import numpy as np
 
 from sparing.core.errors import RequestError, RunError, unknown
 from sparing.core.ledger import UNITS
-from sparing.run.compare.found import Found, find, read_json
+from sparing.run.compare.found import MORE, Found, find, read_json
 from sparing.run.compare.same import first_difference, main_code, require_same
 from sparing.run.compare.statistics import Judgement, Margin, judge, parse_margin
 
@@ -52,9 +52,9 @@ class ArmResult:
 
     @property
     def costs(self) -> dict[str, float]:
-        """The mean of the finished runs by unit of the ledger, and ``seconds``."""
+        """The mean of the finished runs by unit of the ledger, and what it does not hold."""
         found = {}
-        for unit in (*UNITS, "seconds"):
+        for unit in (*UNITS, *MORE):
             spent = [c for run in self.finished if (c := run.cost(unit)) is not None]
             if spent and len(spent) == len(self.finished):
                 found[unit] = float(np.mean(spent))

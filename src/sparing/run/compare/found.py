@@ -21,6 +21,8 @@ State = Literal["finished", "diverged", "unfinished", "missing"]
 DIVERGED = "diverged.json"
 DOCUMENTS = "documents.safetensors"
 FORMAT = 1
+MORE = ("seconds", "stored")
+"""Costs that a ledger does not hold."""
 
 
 @final
@@ -47,7 +49,14 @@ class Found:
         return str(self.summary.get("code") or "")
 
     def cost(self, unit: str) -> float | None:
-        """What was spent in a unit of the ledger, or ``seconds``; None where it is not recorded."""
+        """What was spent in a unit of the ledger, or of ``MORE``; None where it is not recorded.
+
+        ``stored`` is the bytes of what the run wrote to be loaded again: of an adapter without its
+        base.
+        """
+        if unit == "stored":
+            files = [f for f in (self.path / "model").rglob("*") if f.is_file()]
+            return float(sum(f.stat().st_size for f in files)) if files else None
         if unit == "seconds":
             spent = self.summary.get("seconds")
         else:

@@ -1,21 +1,17 @@
-"""The arms of a comparison as rows of tables and lines of charts."""
+"""The arms of a comparison as rows of tables."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from sparing.run.report import words
-from sparing.run.report.charts import Chart, Line, Mark, axis, chart
-from sparing.run.report.read import Points, points, read
-from sparing.run.report.scatter import style, window
+from sparing.run.report.scatter import style
 
 if TYPE_CHECKING:
-    from sparing.run.compare.finished import ArmResult, Comparison
+    from sparing.run.compare.finished import Comparison
     from sparing.run.compare.statistics import Judgement
-
-AXES: Final = {"tokens": "tokens", "flops": "FLOP"}
 
 
 def differences(comparison: Comparison) -> list[dict[str, Any]]:
@@ -176,89 +172,6 @@ def settings(comparison: Comparison) -> list[dict[str, Any]]:
             }
         )
     return found
-
-
-def curves(comparison: Comparison) -> list[Chart]:
-    """The metric against tokens and FLOPs: each arm's mean, each seed, marks where one diverged."""
-    metric, found = comparison.metric, []
-    finals = [arm.mean for arm in comparison.arms if arm.mean is not None]
-    if not finals:
-        return []
-    low, high = window(finals, comparison.higher_is_better)
-    unit_of_data = _unit(comparison)
-    for x, named in AXES.items():
-        unit = unit_of_data if x == "tokens" else named
-        lines: list[Line] = []
-        marks: list[Mark] = []
-        ends: list[float] = []
-        settled: list[float] = []
-        for number, arm in enumerate(comparison.arms, start=1):
-            each = _evaluations(arm, x, metric)
-            colour = style(number)
-            for run, series in each:
-                lines.append(Line(points=series, style=f"{colour} thin"))
-                if run.state == "diverged" and series:
-                    marks.append(
-                        Mark(x=series[-1][0], y=series[-1][1], style="down",
-                             text=f"{arm.name}, seed {run.seed} diverged: {run.why}")
-                    )  # fmt: skip
-            mean = _mean([series for run, series in each if run.state == "finished"])
-            if not mean:
-                continue
-            ends.append(max(p[0] for p in mean))
-            label = f"{number} {arm.name}"
-            inside = low <= (arm.mean or low) <= high
-            lines.append(Line(points=mean, style=colour, label=label if inside else ""))
-            if inside:
-                late = [y for at, y in mean if at >= 0.3 * ends[-1]]
-                settled += late or [mean[-1][1]]
-        if not ends:
-            continue
-        last = max(ends)
-        room = 0.06 * (max(settled) - min(settled)) or 0.1
-        y_range = (min(settled) - room, max(settled) + room)
-        scale, x_name = axis(last, unit)
-        drawn = chart(
-            f"curve-{x}",
-            lines,
-            title=f"{words.metric_name(metric)} against {unit}{'s' * (unit == 'FLOP')}",
-            description="; ".join(
-                f"{arm.name} ends at {arm.mean:.3f}"
-                for arm in comparison.arms
-                if arm.mean is not None
-            ),
-            marks=[m for m in marks if m.x <= last and y_range[0] <= m.y <= y_range[1]],
-            x_range=(0.0, last),
-            y_range=y_range,
-            x_name=x_name,
-            x_scale=scale,
-        )
-        found += [drawn] if drawn else []
-    return found
-
-
-def _unit(comparison: Comparison) -> str:
-    """What training is measured in, by the first run that was recorded."""
-    runs = (run for arm in comparison.arms for run in arm.runs if run.path.is_dir())
-    return next((read(run.path).unit for run in runs if run.state == "finished"), "tokens")
-
-
-def _evaluations(arm: ArmResult, x: str, metric: str) -> list[tuple[Any, Points]]:
-    found = []
-    for run in arm.runs:
-        if run.state in ("finished", "diverged") and run.path.is_dir():
-            series = points(read(run.path).evals, x, metric)
-            if series:
-                found.append((run, series))
-    return found
-
-
-def _mean(series: list[Points]) -> Points:
-    """The mean curve over seeds, as far as all of them go."""
-    return [
-        (sum(x for x, _ in at) / len(at), sum(y for _, y in at) / len(at))
-        for at in zip(*series, strict=False)
-    ]
 
 
 def _signed(value: float) -> str:

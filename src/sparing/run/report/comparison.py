@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Final
 
 from sparing.core.state import atomic_write_text
 from sparing.run.report import scatter, words
-from sparing.run.report.arms import curves, differences, rows, seeds_of, settings
+from sparing.run.report.arms import differences, rows, seeds_of, settings
+from sparing.run.report.learned import learned
 from sparing.run.report.render import render
 from sparing.run.report.scatter import Point, Scatter
 from sparing.run.report.tables import UNIT_NAMES, UNITS
@@ -23,7 +24,8 @@ SCRIPT: Final = (
     "f=>f.hidden=f.dataset.axis!==s.value)"
 )
 """Shows the plot of the chosen axis; without it the page shows the first one."""
-AXES: Final = ("flops", "seconds", *(unit for unit in UNITS if unit != "flops"))
+AXES: Final = ("flops", "seconds", *(unit for unit in UNITS if unit != "flops"), "stored")
+NAMES: Final = {**UNIT_NAMES, "seconds": "time", "stored": "files of the trained model"}
 
 
 def write(comparison: Comparison, path: Path) -> Path:
@@ -36,6 +38,7 @@ def write(comparison: Comparison, path: Path) -> Path:
     metric = words.metric_name(comparison.metric)
     title, remark = headline(comparison)
     about = comparison.about
+    charts, about_charts = learned(comparison)
     page = render(
         "compare.html.j2",
         title=title,
@@ -49,7 +52,8 @@ def write(comparison: Comparison, path: Path) -> Path:
         script_hash=f"sha256-{digest}",
         plots=plots(comparison),
         differences=differences(comparison),
-        charts=curves(comparison),
+        charts=charts,
+        about_charts=about_charts,
         rows=rows(comparison, path.parent),
         seeds=seeds_of(comparison),
         settings=settings(comparison),
@@ -98,7 +102,7 @@ def plots(comparison: Comparison) -> list[Scatter]:
             seeds = [(run.cost(unit) or 0.0, run.value) for run in arm.finished]
             mean = (arm.costs[unit], arm.mean)
             points.append(Point(number=number, name=arm.name, mean=mean, seeds=seeds))
-        title = "time" if unit == "seconds" else UNIT_NAMES.get(unit, words.metric_name(unit))
+        title = NAMES.get(unit, words.metric_name(unit))
         drawn = scatter.scatter(
             f"cost-{unit}",
             unit,

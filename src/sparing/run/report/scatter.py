@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -9,12 +10,15 @@ from statistics import median
 from typing import Final, final
 
 from sparing.run.report.charts import SIDE, Label, axis, ticks
-from sparing.run.report.words import significant
+from sparing.run.report.words import prefix, significant
 
 WIDTH, HEIGHT = 800.0, 380.0
 """Pixels of the plot on a wide screen, by which labels are placed."""
 LETTER, LINE = 7.4, 18.0
 COLOURS: Final = 6
+WIDE: Final = 20.0
+"""Costs further apart than this factor have a logarithmic axis."""
+UNITS: Final = {"flops": "FLOP", "stored": "bytes"}
 Box = tuple[float, float, float, float]
 """Left, top, right, bottom."""
 
@@ -63,6 +67,18 @@ class Scatter:
     x_name: str
 
 
+def _decades(low: float, high: float) -> list[tuple[float, str]]:
+    """Ticks of a logarithmic axis from 10^low to 10^high: 1, 3, 10, 30, with their labels."""
+    steps = (1, 3) if high - low < 4 else (1,)
+    values = [s * 10.0**d for d in range(math.floor(low), math.ceil(high) + 1) for s in steps]
+    found = []
+    for value in values:
+        if low <= math.log10(value) <= high:
+            size, sign = prefix(value)
+            found.append((value, f"{significant(value / size, 4)} {sign}".rstrip()))
+    return found
+
+
 def style(number: int) -> str:
     """The colour of the arm of that number; from the seventh on its lines are dashed."""
     return f"c{(number - 1) % COLOURS + 1}" + " dash" * ((number - 1) // COLOURS % 2)
@@ -99,10 +115,12 @@ def scatter(
     ys = [y for p in inside for _, y in [p.mean, *p.seeds]]
     y0, y1 = _padded(min(ys), max(ys), 0.1)
     xs = [x for p in points for x, _ in [p.mean, *p.seeds]]
-    x0, x1 = _padded(min(xs), max(xs), 0.1)
+    decades = min(xs) > 0 and max(xs) > WIDE * min(xs)
+    warped = math.log10 if decades else float
+    x0, x1 = _padded(warped(min(xs)), warped(max(xs)), 0.1)
 
     def across(x: float) -> float:
-        return (x - x0) / (x1 - x0)
+        return (warped(x) - x0) / (x1 - x0)
 
     def down(y: float) -> float:
         return (y1 - y) / (y1 - y0)
@@ -117,7 +135,10 @@ def scatter(
         colour = style(p.number).split()[0]
         paths.append(("".join(dot(x, y) for x, y in p.seeds), f"{colour} dots faint"))
     paths += [(dot(*p.mean), f"{style(p.number).split()[0]} dots bold") for p in inside]
-    size, x_name = axis(max(xs), "FLOP" if unit == "flops" else unit.replace("_", " "))
+    named = UNITS.get(unit, unit.replace("_", " "))
+    size, x_name = axis(max(xs), named)
+    if decades:
+        size, x_name = 1.0, f"{named}, logarithmic"
     scaled = [(100 * across(p.mean[0]), 100 * min(1.0, max(0.0, down(p.mean[1])))) for p in points]
     seeds = [(100 * across(x), 100 * down(y)) for p in inside for x, y in p.seeds]
     corners = [(100 * across(p.mean[0]), 100 * down(p.mean[1])) for p in best]
@@ -133,8 +154,12 @@ def scatter(
         description=f"{metric} against {x_name}: {said}. Front: " + ", ".join(p.name for p in best),
         paths=paths,
         x_ticks=[
-            Label(at=round(100 * across(v), 2), text=significant(v / size, 4), minor=i % 2 == 1)
-            for i, v in enumerate(ticks(x0, x1, 6))
+            Label(at=round(100 * across(v), 2), text=text, minor=i % 2 == 1)
+            for i, (v, text) in enumerate(
+                _decades(x0, x1)
+                if decades
+                else [(v, significant(v / size, 4)) for v in ticks(x0, x1, 6)]
+            )
         ],
         y_ticks=[
             Label(at=round(100 * down(v), 2), text=significant(v, 4)) for v in ticks(y0, y1, 6)
