@@ -17,15 +17,12 @@ from sparing.core.clock import Clock
 from sparing.core.errors import RequestError, RunError
 from sparing.core.ledger import Ledger
 from sparing.core.method import Context, Method, ParamGroups, Setup, Signal
-from sparing.updates import clip, direct, reduction, tables
+from sparing.updates import clip, crossover, direct, reduction, tables
 from sparing.updates.binding import BINS, Binding
 from sparing.updates.lookups import follow, unfollow
 from sparing.updates.occurrences import Occurrences
 from sparing.updates.options import CowClipOptions
 from sparing.updates.tables import Table
-
-ROWS_UP_TO = 0.3
-"""Occurring rows over all rows up to which only they are read; benchmarks/cowclip_crossover.py."""
 
 
 @final
@@ -204,7 +201,7 @@ class CowClip(Method):
     def _form(self, found: Occurrences) -> str:
         if self.options.mode != "auto":
             return self.options.mode
-        return "rows" if found.occurring() <= ROWS_UP_TO * found.rows else "dense"
+        return "rows" if crossover.by_rows(found.occurring(), found.rows) else "dense"
 
     def _check_ran(self, table: Table, found: Occurrences) -> None:
         """A gradient without a single lookup ever, on any rank, came past the module."""
