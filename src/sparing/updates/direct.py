@@ -48,6 +48,7 @@ def install(
             f"the optimizer does not have the weights of {', '.join(strangers)}; give it "
             "model.parameters() of this very model, or leave the tables out by tables=[...]"
         )
+    method.follow(inner)
     clock = Clock()
     handles: list[Any] = []
     for table in method.tables:

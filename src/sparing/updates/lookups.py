@@ -19,7 +19,7 @@ from sparing.core.errors import RequestError
 from sparing.updates.occurrences import Occurrences, count, held, joined_all, nothing
 
 AT_ONCE = 1 << 24
-"""Ids that are kept before they are counted, 64 MiB: a step may have any number of micro-batches."""
+"""Ids that are kept before they are counted, 64 MiB: a step may have many micro-batches."""
 
 
 @final
