@@ -137,10 +137,9 @@ def test_copies_do_not_hold_the_optimizer():
         kept = other.table.weight.detach().clone()
         other(torch.arange(ROWS - 1).reshape(-1, 3))
         assert other.table.weight.equal(kept)
-    copied = copy.deepcopy(optimizer)
-    train(model, optimizer, 3, 1)
-    with pytest.raises(RequestError, match="optimizer.follow_"):
-        train(model, copied, 4, 2)
+    copied, alone = copy.deepcopy((model, optimizer))
+    with pytest.raises(RequestError, match=r"optimizer\.follow_"):
+        train(copied, alone, 3, 2)
 
 
 def test_a_factor_of_nothing_or_less_is_a_pass():
@@ -205,8 +204,8 @@ def data_of_doubles(data):
 
 
 def run(it, until):
-    for given, context in it:
-        each, outputs = it.forward(given)
+    for of_step, context in it:
+        each, outputs = it.forward(of_step)
         it.step(each, context, outputs)
         if it.clock.step == until:
             break

@@ -11,7 +11,7 @@ from sparing.core import ranks
 from sparing.core.clock import Clock
 from sparing.core.errors import RequestError
 from sparing.core.method import Setup
-from sparing.core.sparse_gradients import check_optimizer
+from sparing.core.sparse_gradients import check_optimizer, clip_norm_
 
 if TYPE_CHECKING:
     from sparing.updates.cowclip import CowClip
@@ -67,7 +67,7 @@ def install(
         method.grads(model.named_parameters(), None)
         if clip is not None:
             parameters = [p for group in inner.param_groups for p in group["params"]]
-            nn.utils.clip_grad_norm_(parameters, clip)
+            clip_norm_(parameters, clip)
 
     def after(*_: Any) -> None:
         clock.step += 1

@@ -69,8 +69,8 @@ class Readers:
         for module in modules:
             self._handles += [
                 module.register_forward_pre_hook(self._read, with_kwargs=True),
-                module.register_state_dict_pre_hook(self._saved),
-                module.register_load_state_dict_post_hook(self._loaded),
+                module.register_state_dict_pre_hook(self._saved),  # type: ignore[no-untyped-call]
+                module.register_load_state_dict_post_hook(self._loaded),  # type: ignore[no-untyped-call]
             ]
 
     def remove(self) -> None:
@@ -105,7 +105,7 @@ class Readers:
         return {"weight": self.weight}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["weight"], _Nobody())  # type: ignore[misc]
+        self.__init__(state["weight"], _Nobody())
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]

@@ -70,6 +70,7 @@ class RowWise(torch.optim.Optimizer):
             "lazy": lazy,
         }
         self._readers: dict[int, Readers] = {}
+        self._unread: set[int] = set()
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -147,7 +148,7 @@ class RowWise(torch.optim.Optimizer):
             catch_up_(weight, state["stand"], total, ids)
             return
         every = torch.arange(len(weight), device=weight.device)
-        for some in every.split(ROWS_AT_ONCE):
+        for some in torch.split(every, ROWS_AT_ONCE):
             catch_up_(weight, state["stand"], total, some)
 
     def mark_(self, weight: Tensor) -> None:
@@ -163,7 +164,7 @@ class RowWise(torch.optim.Optimizer):
         return super().state_dict()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_readers": {}}  # type: ignore[no-untyped-call]
+        return {**super().__getstate__(), "_readers": {}, "_unread": set()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As of any optimizer, but moments stay in float32 beside weights of half precision."""
@@ -221,11 +222,13 @@ class RowWise(torch.optim.Optimizer):
         if "stand" not in state:
             state["decayed"] = torch.zeros((), dtype=torch.float64)
             state["stand"] = p.new_zeros(p.shape[0], dtype=torch.float64)
-        elif id(p) not in self._readers:
-            raise RequestError(
-                "rows that lag would be read as they were: with lazy=True call "
-                "optimizer.follow_(model) once, after the model is on its device"
-            )
+        if id(p) not in self._readers:  # a first step leaves time to ask for it
+            if id(p) in self._unread:
+                raise RequestError(
+                    "rows that lag would be read as they were: with lazy=True call "
+                    "optimizer.follow_(model) once, after the model is on its device"
+                )
+            self._unread.add(id(p))
         state["decayed"] += math.log(kept)
         catch_up_(p, state["stand"], float(state["decayed"]), ids)
 
