@@ -37,7 +37,8 @@ class CowClip(Method):
     global clipping. ``CowClip.direct(model, optimizer)`` does it in a plain loop.
 
     Options: see ``CowClipOptions``. Raises RequestError for options and models that cannot work,
-    RunError for a table whose gradient came past its module.
+    RunError for a table whose gradient came past its module. Tables may lie on several devices:
+    ids are counted where their table is.
     """
 
     name = "cowclip"
@@ -140,6 +141,11 @@ class CowClip(Method):
         self.tables = tables.find(model, self.options.tables, linear=self.options.linear)
         form = "rows" if self.options.mode == "lazy" else self.options.mode
         for table in self.tables:
+            if table.weight.is_meta:
+                raise RequestError(
+                    f"table {table.name} is on the meta device and has no values yet; move it to "
+                    "its own (model.to_empty(device=...), then load or initialise) before binding"
+                )
             table.lookups = follow(table.weight, table.modules, form)
 
     @torch.no_grad()
