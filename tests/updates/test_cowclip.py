@@ -371,7 +371,7 @@ def test_tables_that_cannot_be_clipped():
         ({"ratio": -1}, "ratio must be at least 0"),
         ({"bound": float("nan")}, "bound must be"),
         ({"form": "adaptve"}, 'did you mean "adaptive"'),
-        ({"mode": "lazy"}, "unknown mode"),
+        ({"mode": "late"}, "unknown mode"),
         ({"table_rule": "adam"}, "unknown table_rule"),
         ({"tables": ()}, "tables must be patterns"),
         ({"l2": 0.1, "gradients": "sparse"}, "l2 has a gradient in every row"),

@@ -12,6 +12,7 @@ from sparing.core.clock import Clock
 from sparing.core.errors import RequestError
 from sparing.core.method import Setup
 from sparing.core.sparse_gradients import check_optimizer, clip_norm_
+from sparing.updates.rowwise import RowWise
 
 if TYPE_CHECKING:
     from sparing.updates.cowclip import CowClip
@@ -48,6 +49,8 @@ def install(
             f"the optimizer does not have the weights of {', '.join(strangers)}; give it "
             "model.parameters() of this very model, or leave the tables out by tables=[...]"
         )
+    if isinstance(inner, RowWise):
+        inner.follow_(model)  # tables that the clip leaves out may lag too
     method.follow(inner)
     clock = Clock()
     handles: list[Any] = []
