@@ -65,7 +65,8 @@ class Lookups:
 
     def _count(self) -> None:
         if self._ids:
-            ids, self._ids = torch.cat(self._ids), []
+            ids = self._ids[0] if len(self._ids) == 1 else torch.cat(self._ids)
+            self._ids = []
             self._parts.append(count(ids, self.weight.shape[0], self.form))
 
     def _changed(self) -> bool:
