@@ -306,7 +306,10 @@ def test_arms_differ_from_the_small_batch_by_their_rule(name):
         rule, _, size = arm.partition(" 65536") if "65536" in arm else arm.partition(" 131072")
         if rule not in powers:
             continue
-        factor = about.set.get("train.batch_size", whole.train.batch_size) / base
+        batch = about.set.get("train.batch_size", whole.train.batch_size)
+        factor = batch * about.set.get("train.accumulate", whole.train.accumulate) / base
+        assert batch <= 8192, arm  # larger ones leave the caches
+        assert factor == {"": 8, "65536": 64, "131072": 128}[arm.removeprefix(rule).strip()], arm
         dense, tables = (factor**power for power in powers[rule])
         lr = about.set.get("train.learning_rate", whole.train.learning_rate)
         assert lr == pytest.approx(rate * dense, rel=1e-3), (arm, size)

@@ -178,6 +178,22 @@ def test_the_published_table_for_criteo(batch, lr, l2):
     assert found.steps == math.ceil(3_000_000 / batch)
 
 
+@pytest.mark.parametrize(
+    ("batch", "lr", "l2"),
+    [(1024, 1e-4, 1e-5), (2048, 1.41e-4, 2e-5), (8192, 2.83e-4, 8e-5), (65536, 8e-4, 64e-5)],
+)
+def test_the_published_table_for_avazu(batch, lr, l2):
+    found = scale_rule(batch, 1024, lr=1e-4)
+    assert found.lr == pytest.approx(lr, rel=5e-3)
+    assert (found.table_lr, found.l2) == (1e-4, pytest.approx(l2))
+
+
+def test_the_last_row_for_avazu_departs_from_the_rule():
+    found = scale_rule(131072, 1024, lr=1e-4)
+    assert (found.lr, found.l2) == (pytest.approx(11.31e-4, rel=1e-3), pytest.approx(128e-5))
+    assert found.lr < 16e-4  # as published, with an L2 of 96e-5
+
+
 def test_the_other_rules():
     given = {"lr": 1.0, "table_lr": 2.0, "l2": 3.0}
     found = {rule: scale_rule(64, 4, rule=rule, **given) for rule in RULES}

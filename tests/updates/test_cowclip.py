@@ -312,6 +312,24 @@ def test_the_rate_of_tables_stays_out_of_the_schedule():
     assert seen == [[0.5, 0.025]] * 4
 
 
+@pytest.mark.parametrize("mode", ["rows", "dense"])
+def test_gradients_find_their_weights_wherever_tables_stand_in_the_model(mode):
+    # the released program pairs gradients with weights by position, tables first
+    model = Model()
+    behind = copy.deepcopy(model)
+    behind._modules = dict(reversed(behind._modules.items()))
+    found = []
+    for each in (model, behind):
+        method = bound(each, mode=mode)
+        optimizer = torch.optim.SGD(each.parameters(), lr=1.0)
+        loss_of(each, *batch(16)).backward()
+        method.grads(each.named_parameters(), None)
+        optimizer.step()
+        found.append(each.state_dict())
+    assert next(iter(found[1])) == "out.weight"
+    assert all(found[1][name].equal(value) for name, value in found[0].items())
+
+
 # ---- what is refused -------------------------------------------------------------------------
 
 
@@ -321,6 +339,11 @@ def test_weights_that_are_read_past_their_module():
     nn.functional.embedding(batch(4)[0], model.table.weight).sum().backward()
     with pytest.raises(RunError, match=r"table table has a gradient, and its module was never"):
         method.grads(model.named_parameters(), None)
+
+
+def test_tables_without_values_are_refused():
+    with pytest.raises(RequestError, match="table table is on the meta device"):
+        CowClip().bind(model=Model().to("meta"))
 
 
 def test_tables_that_cannot_be_clipped():
@@ -348,7 +371,7 @@ def test_tables_that_cannot_be_clipped():
         ({"ratio": -1}, "ratio must be at least 0"),
         ({"bound": float("nan")}, "bound must be"),
         ({"form": "adaptve"}, 'did you mean "adaptive"'),
-        ({"mode": "lazy"}, "unknown mode"),
+        ({"mode": "late"}, "unknown mode"),
         ({"table_rule": "adam"}, "unknown table_rule"),
         ({"tables": ()}, "tables must be patterns"),
         ({"l2": 0.1, "gradients": "sparse"}, "l2 has a gradient in every row"),

@@ -1,9 +1,11 @@
-"""Which optimizers take the gradients of tables with ``sparse=True``."""
+"""Gradients of tables with ``sparse=True``: which optimizers take them, and their global norm."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sparing.core.errors import RequestError
 
@@ -44,3 +46,34 @@ def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
                 f"table {name} has sparse gradients, and {kind} takes none with weight_decay="
                 f"{group['weight_decay']}: {WAY_OUT}"
             )
+
+
+def any_sparse(parameters: Iterable[Tensor]) -> bool:
+    """Whether a gradient is sparse."""
+    return any(p.grad is not None and p.grad.is_sparse for p in parameters)
+
+
+@torch.no_grad()
+def clip_norm_(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
+    """Scale gradients so that their norm together is at most ``max_norm``; the norm before it.
+
+    ``torch.nn.utils.clip_grad_norm_``, which has no norm of sparse gradients, and is what runs
+    where there are none. Sparse ones are coalesced: entries of the same row add up before they
+    are squared.
+    """
+    every = [p for p in parameters if p.grad is not None]
+    if not any_sparse(every):
+        return torch.nn.utils.clip_grad_norm_(every, max_norm)
+    values = []
+    for p in every:
+        assert p.grad is not None
+        if p.grad.is_sparse:
+            p.grad = p.grad.coalesce()
+            values.append(p.grad._values())
+        else:
+            values.append(p.grad)
+    norm = torch.nn.utils.get_total_norm(values)
+    factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)  # as torch has it
+    for value in values:
+        value.mul_(factor.to(value.device))
+    return norm

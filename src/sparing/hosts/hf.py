@@ -25,6 +25,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from sparing.core.errors import RequestError
 from sparing.core.ledger import Ledger
 from sparing.core.method import Context, Method, Setup, arrange, implements
+from sparing.core.sparse_gradients import any_sparse, clip_norm_
 from sparing.hosts import hf_requests, hf_state, hooks, loading
 from sparing.hosts.dry_run import rehearse
 from sparing.hosts.epochs import Epochs, Geometry
@@ -187,6 +188,8 @@ class Attached(Host):
             )
         self._plain["unscale"] = self.trainer.accelerator.unscale_gradients
         self.trainer.accelerator.unscale_gradients = self._unscale_once
+        self._plain["clip"] = self.trainer.accelerator.clip_grad_norm_
+        self.trainer.accelerator.clip_grad_norm_ = self._clip_norm
         self.trainer.add_callback(_Callback(self))
         self.trainer.sparing = self
 
@@ -316,6 +319,14 @@ class Attached(Host):
         """The scaler refuses to unscale twice; clipping, which comes after us, would ask it to."""
         if not self._unscaled:
             self._plain["unscale"](optimizer)
+
+    def _clip_norm(self, parameters: Any, max_norm: float, norm_type: float = 2) -> Any:
+        """The trainer asks for a norm in every step; torch has none of sparse gradients."""
+        every = list(parameters)
+        if norm_type != 2 or not any_sparse(every):
+            return self._plain["clip"](every, max_norm, norm_type)
+        self._unscale_once()
+        return clip_norm_(every, max_norm)
 
     def _grads(self, context: Context) -> None:
         changing = [method for method in self.methods if implements(method, "grads")]

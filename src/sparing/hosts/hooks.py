@@ -89,7 +89,12 @@ HF: tuple[Hook, ...] = (
     Hook(_CALLBACK, "on_save", ("args", "state"), "the methods' state in checkpoints"),
     Hook("accelerate:Accelerator", "sync_gradients", (), "which micro-batch ends a step"),
     Hook("accelerate:Accelerator", "unscale_gradients", ("optimizer",), "grads, unscaled"),
-    Hook("accelerate:Accelerator", "clip_grad_norm_", (), "clipping comes after grads"),
+    Hook(
+        "accelerate:Accelerator",
+        "clip_grad_norm_",
+        ("parameters", "max_norm", "norm_type"),
+        "clipping comes after grads",
+    ),
     Hook("accelerate:Accelerator", "optimizer_step_was_skipped", (), "clocks count steps"),
     Hook("accelerate:Accelerator", "unwrap_model", (), "the model without DDP's wrapper"),
 )
@@ -114,6 +119,12 @@ LIGHTNING: tuple[Hook, ...] = (
     Hook(_CALLBACKS, "on_after_backward", (), "the position in the plan"),
     Hook(_CALLBACKS, "on_train_batch_end", ("batch", "batch_idx"), "the step seam"),
     Hook(_CALLBACKS, "state_dict", (), "the methods' state in checkpoints"),
+    Hook(
+        "lightning.pytorch.plugins.precision:Precision",
+        "clip_grad_by_norm",
+        ("optimizer", "clip_val"),
+        "a global norm of sparse gradients",
+    ),
     Hook("lightning.pytorch:Trainer", "num_training_batches", (), "an epoch's length"),
     Hook("lightning.pytorch:Trainer", "lr_scheduler_configs", (), "the rate follows the plan"),
 )

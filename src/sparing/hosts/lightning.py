@@ -28,6 +28,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from sparing.core import ranks
 from sparing.core.errors import RequestError
 from sparing.core.method import Context, Method, Setup, arrange, combine, implements
+from sparing.core.sparse_gradients import any_sparse, clip_norm_
 from sparing.core.tree import encode
 from sparing.hosts import hooks, lightning_requests, loading
 from sparing.hosts.dry_run import rehearse
@@ -131,6 +132,8 @@ class LightningMethods(Callback, Host):  # type: ignore[misc]
             pl_module.configure_optimizers,
         )
         call_hook = pl_module._call_batch_hook
+        precision = trainer.precision_plugin
+        clip = precision.clip_grad_by_norm
 
         # functions, not methods: a copy of the module then copies none of what they hold
         def dataloader() -> Any:
@@ -152,6 +155,13 @@ class LightningMethods(Callback, Host):  # type: ignore[misc]
                 lightning_requests.check_schedule(built, groups, len(optimizer.param_groups))
             return built
 
+        def clip_grad_by_norm(optimizer: Any, clip_val: float) -> None:
+            parameters = list(precision.main_params(optimizer))
+            if any_sparse(parameters):  # torch has no norm of sparse gradients
+                clip_norm_(parameters, clip_val)
+            else:
+                clip(optimizer, clip_val)
+
         def call_batch_hook(hook_name: str, *arguments: Any) -> Any:
             batch, *others = arguments
             if hook_name == "on_before_batch_transfer":
@@ -167,6 +177,7 @@ class LightningMethods(Callback, Host):  # type: ignore[misc]
         source.dataloader = dataloader
         pl_module.configure_model = configure_model
         pl_module._call_batch_hook = call_batch_hook
+        precision.clip_grad_by_norm = clip_grad_by_norm
         if any(implements(method, "optimizer") for method in self.methods):
             pl_module.configure_optimizers = configure_optimizers
 
@@ -177,6 +188,7 @@ class LightningMethods(Callback, Host):  # type: ignore[misc]
         for name in ("configure_model", "_call_batch_hook", "configure_optimizers"):
             pl_module.__dict__.pop(name, None)
         trainer.fit_loop._data_source.__dict__.pop("dataloader", None)
+        trainer.precision_plugin.__dict__.pop("clip_grad_by_norm", None)
 
     def _bind(self, trainer: Any, module: nn.Module) -> None:
         loader, limit = self._loader, trainer.limit_train_batches

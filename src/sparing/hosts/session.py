@@ -31,7 +31,7 @@ from sparing.core.errors import DivergedError, RequestError
 from sparing.core.ledger import Ledger
 from sparing.core.method import Context, Method, Plan, Setup, arrange, combine, implements
 from sparing.core.random_state import random_state, set_random_state_
-from sparing.core.sparse_gradients import check_optimizer
+from sparing.core.sparse_gradients import check_optimizer, clip_norm_
 from sparing.hosts import loading
 from sparing.hosts.dry_run import rehearse
 from sparing.hosts.epochs import Epochs, Geometry
@@ -371,7 +371,7 @@ class Session(Bound):
             if implements(method, "grads"):
                 method.grads(self.unwrapped.named_parameters(), context)
         if self.clip is not None:
-            norm = torch.nn.utils.clip_grad_norm_(self.unwrapped.parameters(), self.clip)
+            norm = clip_norm_(self.unwrapped.parameters(), self.clip)
             if not math.isfinite(float(norm)):  # a step with it would make every weight NaN
                 raise DivergedError(self._diagnosis("the gradient", losses, context))
         if self._schedule is not None:

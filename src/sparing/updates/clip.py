@@ -20,6 +20,9 @@ from sparing.updates.occurrences import Occurrences
 FEW = 0.25
 """Share of clipped rows up to which they alone are written."""
 
+GATHERED, PASSED = 1 << 20, 1 << 23
+"""Bytes of rows that are read at once: gathered ones, which are copied, and those of a pass."""
+
 
 @final
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,29 +97,47 @@ def clip_(
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """Clip a dense gradient of a table in place.
 
-    grad, weight: (rows, d). ``form``: "rows" reads the rows that occur, "dense" all of them.
+    grad, weight: (rows, d). ``form``: "rows" reads the rows that occur, "dense" all of them; both
+    in blocks, so that what is computed on the way stays in the caches.
     Returns the rows looked at (ids, (n,), or None for all), their counts, (n,), and which were
     clipped, (n,) bool.
     """
-    if form == "dense":
-        ids, counts = None, occurrences.dense()
-        scale = factors(grad, weight, counts, threshold)
-    else:
-        ids, counts = occurrences.sorted()
-        part = grad.index_select(0, ids)
-        scale = factors(part, weight.index_select(0, ids), counts, threshold)
-    clipped = scale < 1
-    many = int(clipped.sum())
+    ids, counts = (None, occurrences.dense()) if form == "dense" else occurrences.sorted()
+    if threshold.per == "table":
+        part = (grad, weight) if ids is None else (grad[ids], weight[ids])
+        scale = factors(*part, counts, threshold)
+        _write_(grad, part[0], ids, scale)
+        return ids, counts, scale < 1
+    clipped = torch.empty(counts.shape, dtype=torch.bool, device=counts.device)
+    row = max(1, grad.shape[1] * grad.element_size())
+    size = max(1, (PASSED if ids is None else GATHERED) // row)
+    for start in range(0, len(counts), size):
+        here = slice(start, start + size)
+        rows = None if ids is None else ids[here]
+        whole = grad[here] if rows is None else grad
+        part = (
+            (whole, weight[here])
+            if rows is None
+            else (grad.index_select(0, rows), weight.index_select(0, rows))
+        )
+        scale = factors(*part, counts[here], threshold)
+        torch.lt(scale, 1, out=clipped[here])
+        _write_(whole, part[0], rows, scale)
+    return ids, counts, clipped
+
+
+def _write_(grad: Tensor, read: Tensor, ids: Tensor | None, scale: Tensor) -> None:
+    """Scale rows of a gradient: those of ids, (n,), whose values ``read`` has, or all."""
+    over = scale < 1
+    many = int(over.count_nonzero())
     if many == 0:
-        return ids, counts, clipped
+        return
     if ids is None and many > FEW * len(scale):
         grad.mul_(scale.to(grad.dtype)[:, None] if grad.dtype == scale.dtype else scale[:, None])
-        return ids, counts, clipped
-    where = clipped.nonzero()[:, 0]
-    rows = where if ids is None else ids[where]
-    kept = grad.index_select(0, rows) if ids is None else part[where]
-    grad.index_copy_(0, rows, (kept.to(scale.dtype) * scale[where, None]).to(grad.dtype))
-    return ids, counts, clipped
+        return
+    where = over.nonzero()[:, 0]
+    kept = read.index_select(0, where).to(scale.dtype) * scale[where, None]
+    grad.index_copy_(0, where if ids is None else ids[where], kept.to(grad.dtype))
 
 
 @torch.no_grad()

@@ -5,7 +5,8 @@ Zheng et al., AAAI 2023, arXiv 2204.06240; code github.com/bytedance/LargeBatchC
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, ClassVar, final
 
 import torch
@@ -17,15 +18,14 @@ from sparing.core.clock import Clock
 from sparing.core.errors import RequestError, RunError
 from sparing.core.ledger import Ledger
 from sparing.core.method import Context, Method, ParamGroups, Setup, Signal
-from sparing.updates import clip, direct, reduction, tables
+from sparing.updates import clip, crossover, direct, reduction, tables
 from sparing.updates.binding import BINS, Binding
+from sparing.updates.lagging import Readers
 from sparing.updates.lookups import follow, unfollow
 from sparing.updates.occurrences import Occurrences
 from sparing.updates.options import CowClipOptions
+from sparing.updates.rowwise import RowWise
 from sparing.updates.tables import Table
-
-ROWS_UP_TO = 0.3
-"""Occurring rows over all rows up to which only they are read; benchmarks/cowclip_crossover.py."""
 
 
 @final
@@ -37,7 +37,8 @@ class CowClip(Method):
     global clipping. ``CowClip.direct(model, optimizer)`` does it in a plain loop.
 
     Options: see ``CowClipOptions``. Raises RequestError for options and models that cannot work,
-    RunError for a table whose gradient came past its module.
+    RunError for a table whose gradient came past its module. Tables may lie on several devices:
+    ids are counted where their table is.
     """
 
     name = "cowclip"
@@ -53,6 +54,7 @@ class CowClip(Method):
         # of a step that is under way: rows with a gradient, and whether others have none at all
         self._updated: dict[str, tuple[int, bool]] = {}
         self._handles: list[Any] = []
+        self._readers: list[Readers] = []  # of tables whose rows may lag behind their decay
         self._entered = [0, 0, 0, 0]  # row updates and bytes, spent and dense, not yet accounted
 
     @classmethod
@@ -89,6 +91,8 @@ class CowClip(Method):
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        for readers in self._readers:
+            readers.all_()
         for table in self.tables:
             if table.lookups is not None:
                 unfollow(table.lookups, table.modules)
@@ -135,8 +139,13 @@ class CowClip(Method):
         if model is None:
             raise RequestError("CowClip.bind needs model=, whose tables it counts the lookups of")
         self.tables = tables.find(model, self.options.tables, linear=self.options.linear)
-        form = self.options.mode
+        form = "rows" if self.options.mode == "lazy" else self.options.mode
         for table in self.tables:
+            if table.weight.is_meta:
+                raise RequestError(
+                    f"table {table.name} is on the meta device and has no values yet; move it to "
+                    "its own (model.to_empty(device=...), then load or initialise) before binding"
+                )
             table.lookups = follow(table.weight, table.modules, form)
 
     @torch.no_grad()
@@ -157,16 +166,32 @@ class CowClip(Method):
             for group in optimizer.param_groups:
                 if "fixed_lr" in group:
                     group["lr"] = group["fixed_lr"]
-        rules = {id(p): g.get("rule", "") for g in optimizer.param_groups for p in g["params"]}
+        groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+        self.follow(optimizer)
         for table in self.tables:
-            if table.name not in self._updated or id(table.weight) not in rules:
+            if table.name not in self._updated or id(table.weight) not in groups:
                 continue
+            group = groups[id(table.weight)]
             (updated, sparse), (rows, width) = self._updated[table.name], table.weight.shape
-            by_row = sparse or rules[id(table.weight)].startswith("rowwise")
+            by_row = sparse or group.get("rule", "").startswith("rowwise")
+            if group.get("rule") and group.get("weight_decay") and not group.get("lazy"):
+                by_row = False  # the decay passes over the table
             spent, size = updated if by_row else rows, width * table.weight.element_size()
             amounts = (spent, rows, spent * size, rows * size)
             self._entered = [a + b for a, b in zip(self._entered, amounts, strict=True)]
         self._updated = {}
+
+    def follow(self, optimizer: torch.optim.Optimizer) -> None:
+        """Have rows brought up to date before they are read, if they may lag in this optimizer."""
+        if isinstance(optimizer, RowWise):
+            tables = nn.ModuleList(module for table in self.tables for module in table.modules)
+            self._readers = optimizer.follow_(tables)
+
+    @contextmanager
+    def evaluating(self, model: nn.Module) -> Iterator[None]:
+        for readers in self._readers:
+            readers.all_()
+        yield
 
     # ---- one table ---------------------------------------------------------------------------
 
@@ -178,6 +203,7 @@ class CowClip(Method):
             found = reduction.gather_gradients_(weight, found)
         else:
             found = reduction.gather(found)
+        self._catch_up(table, found)
         grad = weight.grad
         if grad is None:
             return
@@ -201,10 +227,20 @@ class CowClip(Method):
             self._updated[table.name] = int((seen[1] > 0).sum()), False
         self._binding.note(table.name, weight.shape[0], *seen)
 
+    def _catch_up(self, table: Table, found: Occurrences) -> None:
+        """What one rank read, and rounded, is read on all, so that their weights stay alike."""
+        if not ranks.distributed():
+            return
+        for readers in self._readers:
+            if readers.weight is table.weight:
+                padding = [m.padding_idx for m in table.modules if m.padding_idx is not None]
+                ids = found.sorted()[0]
+                readers.all_(torch.cat([ids, ids.new_tensor(padding)]))
+
     def _form(self, found: Occurrences) -> str:
         if self.options.mode != "auto":
-            return self.options.mode
-        return "rows" if found.occurring() <= ROWS_UP_TO * found.rows else "dense"
+            return "dense" if self.options.mode == "dense" else "rows"
+        return "rows" if crossover.by_rows(found.occurring(), found.rows) else "dense"
 
     def _check_ran(self, table: Table, found: Occurrences) -> None:
         """A gradient without a single lookup ever, on any rank, came past the module."""

@@ -11,7 +11,8 @@ from sparing.core import ranks
 from sparing.core.clock import Clock
 from sparing.core.errors import RequestError
 from sparing.core.method import Setup
-from sparing.core.sparse_gradients import check_optimizer
+from sparing.core.sparse_gradients import check_optimizer, clip_norm_
+from sparing.updates.rowwise import RowWise
 
 if TYPE_CHECKING:
     from sparing.updates.cowclip import CowClip
@@ -48,6 +49,9 @@ def install(
             f"the optimizer does not have the weights of {', '.join(strangers)}; give it "
             "model.parameters() of this very model, or leave the tables out by tables=[...]"
         )
+    if isinstance(inner, RowWise):
+        inner.follow_(model)  # tables that the clip leaves out may lag too
+    method.follow(inner)
     clock = Clock()
     handles: list[Any] = []
     for table in method.tables:
@@ -66,7 +70,7 @@ def install(
         method.grads(model.named_parameters(), None)
         if clip is not None:
             parameters = [p for group in inner.param_groups for p in group["params"]]
-            nn.utils.clip_grad_norm_(parameters, clip)
+            clip_norm_(parameters, clip)
 
     def after(*_: Any) -> None:
         clock.step += 1

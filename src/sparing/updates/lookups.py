@@ -2,7 +2,8 @@
 
 A lookup counts when the gradient of its output arrives: a forward pass without a backward pass
 (evaluation, a probe, generation) leaves no trace, and activation checkpointing, which repeats the
-forward pass, has one gradient as ever. Counts of micro-batches add up until they are taken.
+forward pass, has one gradient as ever. The ids of micro-batches are kept, and counted together
+when they are asked for: one sort for all of a step.
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ from torch import Tensor, nn
 
 from sparing.core import ranks
 from sparing.core.errors import RequestError
-from sparing.updates.occurrences import Occurrences, count, joined_all, nothing
+from sparing.updates.occurrences import Occurrences, count, held, joined_all, nothing
+
+AT_ONCE = 1 << 24
+"""Ids that are kept before they are counted, 64 MiB: a step may have many micro-batches."""
 
 
 @final
@@ -27,6 +31,7 @@ class Lookups:
         self.ran = False
         self.version: int | None = None
         """Of the gradient when it was last added to; None where nobody watches it."""
+        self._ids: list[Tensor] = []  # of lookups that are still to be counted
         self._parts: list[Occurrences] = []
         self._whole = False  # the gradients of all parts have been added up
 
@@ -35,6 +40,7 @@ class Lookups:
 
     def take(self) -> Occurrences:
         """All since the last call."""
+        self._count()
         parts, self._parts = self._parts, []
         if not parts:
             return nothing(self.weight.shape[0], self.weight.device)
@@ -52,8 +58,16 @@ class Lookups:
             self._whole = False
             if self.weight.grad is None or self._changed():
                 # cleared since: an optimizer step was skipped, and these counts with it
-                self._parts = []
-        self._parts.append(count(ids.to(self.weight.device), self.weight.shape[0], self.form))
+                self._ids, self._parts = [], []
+        self._ids.append(held(ids.to(self.weight.device), self.weight.shape[0]))
+        if sum(part.numel() for part in self._ids) > AT_ONCE:
+            self._count()
+
+    def _count(self) -> None:
+        if self._ids:
+            ids = self._ids[0] if len(self._ids) == 1 else torch.cat(self._ids)
+            self._ids = []
+            self._parts.append(count(ids, self.weight.shape[0], self.form))
 
     def _changed(self) -> bool:
         grad = self.weight.grad

@@ -12,11 +12,12 @@ from sparing.updates.clip import Threshold, released_bound
 CHOICES = {
     "form": ("adaptive", "fixed"),
     "per": ("row", "table"),
-    "mode": ("auto", "dense", "rows"),
+    "mode": ("auto", "dense", "rows", "lazy"),
     "gradients": ("keep", "sparse", "dense"),
     "reduce": ("host", "rows"),
 }
 RULES = ("rowwise-adagrad", "rowwise-adam", "rowwise-adamw", "adamw")
+LAZY = ("rowwise-adamw", "rowwise-adagrad")
 
 
 @final
@@ -29,7 +30,8 @@ class CowClipOptions:
     lambda of ``lambda * sum(w^2)`` over whole tables, whose gradient 2 * lambda * w is added
     before the clip. ``tables``: patterns of module names; ``linear``: tables of one column too.
 
-    How: ``mode`` reads all rows ("dense") or those that occur ("rows"); ``gradients`` sets
+    How: ``mode`` reads all rows ("dense") or those that occur ("rows"); "lazy" does so too, and the
+    decay of the tables reaches a row when it is next read, exactly; ``gradients`` sets
     ``sparse`` of the tables; ``reduce``: who adds up the tables' gradients over ranks, the "host"
     (DDP) or this method, which sends only "rows" that occur. ``by_frequency``: every how many
     steps to note which rows are clipped by how often their ids came; 0 keeps no such count.
@@ -77,6 +79,21 @@ class CowClipOptions:
                 'rows that do not occur: keep dense gradients, or use table_rule="rowwise-adamw" '
                 "with table_decay, a decay that is decoupled"
             )
+        if self.mode == "lazy":
+            self._check_lazy()
+
+    def _check_lazy(self) -> None:
+        if self.l2:
+            raise RequestError(
+                'l2 is coupled to the gradient, and mode="lazy" cannot make up later for what it '
+                'does to rows that do not occur: use table_decay with table_rule="rowwise-adamw", '
+                'or mode="dense"'
+            )
+        if self.table_rule not in LAZY:
+            raise RequestError(
+                f'mode="lazy" needs a table_rule that decays rows later, {" or ".join(LAZY)} of '
+                f'optimizer "rowwise", got {self.table_rule!r}'
+            )
 
     def threshold(self, dimensions: int) -> Threshold:
         """The threshold for rows of so many values."""
@@ -97,4 +114,6 @@ class CowClipOptions:
             found["eps"] = self.table_eps
         if self.table_rule is not None:
             found["rule"] = self.table_rule
+        if self.mode == "lazy":
+            found["lazy"] = True
         return found

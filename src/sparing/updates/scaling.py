@@ -1,6 +1,9 @@
-"""What to change when the batch grows: the scaling rules of the paper.
+"""What to change when the batch grows: the scaling rules that the paper compares.
 
-Zheng et al., AAAI 2023, arXiv 2204.06240; the table in the README of LargeBatchCTR.
+Zheng et al., AAAI 2023, arXiv 2204.06240. "cowclip" is held to both tables in the README of
+github.com/bytedance/LargeBatchCTR (12101b4). The released code has no other rule: rates of "linear"
+are as in Goyal et al. 2017, arXiv 1706.02677, section 2.1, which leaves the penalty as it is; those
+of "sqrt" as in Krizhevsky 2014, arXiv 1404.5997, which leaves open what a penalty does.
 """
 
 from __future__ import annotations
@@ -68,8 +71,9 @@ def scale_rule(
         warmup: samples over which the rate of dense layers rises; an epoch in the paper.
         samples: of the whole training, for ``steps``.
 
-    The defaults are those published for Criteo (r = 1). Published tables depart from the rule in
-    places: for Avazu the bound is 1e-3 below a batch of 4,096 and 1e-4 from there on.
+    The defaults are those published for Criteo (r = 1). The published table for Avazu departs from
+    the rule in places: its bound is 1e-3 below a batch of 4,096 and 1e-4 from there on, and at
+    131,072 it has a rate of 16e-4 (the rule: 11.3e-4) and an L2 of 96e-5 (the rule: 128e-5).
 
     Raises RequestError for an unknown rule and for numbers that make no sense.
     """

@@ -108,6 +108,16 @@ def test_seeds_stand_in_the_order_of_numbers(tmp_path):
     assert told[:11] == [str(seed) for seed in range(11)]
 
 
+def test_speed_stands_against_the_baseline(tmp_path):
+    arms = arms_on_disk(tmp_path)
+    for arm, seconds in (("dense", 50.0), ("top-k 2", 120.0)):
+        for run in arms[arm]:
+            edit(run, seconds=seconds)
+    text = Page(write(tmp_path, arms)).text
+    assert "2.40x" in text
+    assert "1.00x" in text
+
+
 def test_the_page_says_what_was_found(source):
     text = Page(source).text
     assert "1 different and 1 equivalent" in text or "1 equivalent and 1 different" in text

@@ -89,6 +89,10 @@ def rows(comparison: Comparison, place: Path) -> list[dict[str, Any]]:
     """
     usual = comparison.code
     seeds = seeds_of(comparison)
+    whole = next(
+        (arm.costs.get("seconds") for arm in comparison.arms if arm.name == comparison.baseline),
+        None,
+    )
     found = []
     for number, arm in enumerate(comparison.arms, start=1):
         by_seed = {run.seed: run for run in arm.runs}
@@ -121,6 +125,9 @@ def rows(comparison: Comparison, place: Path) -> list[dict[str, Any]]:
                 "cells": cells,
                 "flops": words.amount(costs["flops"], "flops") if "flops" in costs else words.DASH,
                 "time": words.duration(costs["seconds"]) if "seconds" in costs else words.DASH,
+                "speed": f"{whole / costs['seconds']:.2f}x"
+                if whole and costs.get("seconds")
+                else words.DASH,
                 "parameters": words.count(costs["parameters"])
                 if "parameters" in costs
                 else words.DASH,
