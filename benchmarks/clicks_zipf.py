@@ -8,11 +8,12 @@ over the table are what sparse gradients save.
 
 Rare ids: the paper says that a large batch harms ids that are rare, and that the clip mends it.
 The same DeepFM with a small deep part, row-wise Adam, batch 8,192, the clip on vectors and linear
-terms alike: off, as published, and with ratio and bound by powers of ten lower, each at several
-rates of the tables; and off with 1,024 rows a batch, which by the paper suffers less. An id's effect is the mean log-odds of rows with the id put in, less the mean
-over ids of the field as they come; estimated by the model and known from the log. By how often the
-id came in training: the root of the mean squared error over that of the true effects. 1 is what a
-model has that says nothing of an id. Errors of arms are paired by seed.
+terms alike: off, as published, and with ratio and bound by powers of ten lower, each at two rates
+of the tables; and off with 1,024 rows a batch, which by the paper suffers less. An id's effect is
+the mean log-odds of rows with the id put in, less the mean over rows as they came; estimated by the
+model and known from the log. By how often the id came in training: the root of the mean squared
+error over that of the true effects. 1 is what a model has that says nothing of an id. Errors of
+arms are paired by seed.
 
 Writes benchmarks/records/clicks_zipf.json, anew after every run.
 """
