@@ -14,6 +14,7 @@ from sparing.core.errors import DivergedError, RequestError
 from sparing.core.random_state import random_state
 from sparing.core.task import Task
 from sparing.run import recipe
+from sparing.run.compare.arms import as_overrides
 from sparing.tasks.clicks import Clicks, saved
 from sparing.tasks.clicks.auc import auc
 from sparing.tasks.clicks.dataset import Rows, drawn
@@ -316,10 +317,18 @@ def test_arms_differ_from_the_small_batch_by_their_rule(name):
         assert about.set.get("methods.cowclip.table_lr", table) == pytest.approx(
             table * tables, rel=1e-3
         ), arm
-        off = about.set.get("methods.cowclip.ratio", 1.0) == float("inf")
+        off = float(about.set.get("methods.cowclip.ratio", 1.0)) == float("inf")
         assert off == (rule != "cowclip"), arm
         checked += 1
     assert checked >= 5
+
+
+@pytest.mark.parametrize("name", ["clicks-cowclip", "clicks-journey"])
+def test_a_comparison_of_its_arms_can_be_written_down(name):
+    whole = recipe.load(name, smoke=False)
+    json.dumps({n: arm.set for n, arm in whole.arms.items()}, allow_nan=False)
+    off = recipe.load(name, as_overrides(whole.arms["clip off"].set), smoke=False)
+    assert off.methods["cowclip"]["ratio"] == float("inf")
 
 
 def test_a_smoke_run_of_the_recipe_writes_its_page(smoke_run):

@@ -152,6 +152,46 @@ def test_auto_takes_memory_then_streams_or_shards(tmp_path):
     assert [held(p, 0) for p in (fine, ordered, single, csv)] == ["stream", "disk", "disk", "disk"]
 
 
+def test_csv_is_parsed_once_if_its_rows_fit(tmp_path, monkeypatch):
+    for number in range(2):
+        written(tmp_path / f"{number}.csv", made(seed=number))
+    opened = []
+    plain = files._csv_file
+
+    def counted(file, schema, types, **options):
+        if types:
+            opened.append(file.name)
+        return plain(file, schema, types, **options)
+
+    monkeypatch.setattr(files, "_csv_file", counted)
+    monkeypatch.setattr(files, "_BYTES", 4096)
+    kept = read(tmp_path, SCHEMA, BY_TIME, hold="memory")
+    assert opened == ["0.csv", "1.csv"]
+    opened.clear()
+    # the first file's rows fit, those of both do not
+    again = read(tmp_path, SCHEMA, BY_TIME, hold="memory", memory=100_000)
+    assert opened == ["0.csv", "1.csv", "0.csv", "1.csv"]
+    for part in ("train", "development", "test"):
+        assert as_set(getattr(kept, part)) == as_set(getattr(again, part))
+
+
+def test_room_on_the_disk_is_taken_where_the_system_has_no_call_for_it(tmp_path, monkeypatch):
+    made = Encoded.empty(3000, 4, 2, tmp_path)
+    made.ids[:] = np.arange(12_000).reshape(3000, 4)
+    made.flush()
+    monkeypatch.delattr("os.posix_fallocate")
+    (tmp_path / "other").mkdir()
+    other = Encoded.empty(3000, 4, 2, tmp_path / "other")
+    file = tmp_path / "other" / "ids.npy"
+    assert file.stat().st_size == (tmp_path / "ids.npy").stat().st_size
+    assert 512 * file.stat().st_blocks >= file.stat().st_size
+    assert not other.ids.any()
+    other.put_(slice(0, 3000), made)
+    other.flush()
+    np.save(tmp_path / "other" / "bounds.npy", other.bounds)
+    assert np.array_equal(Encoded.load(tmp_path / "other").ids, made.ids)
+
+
 def test_shards_mix_a_log_that_is_sorted_by_time(tmp_path):
     path = written(tmp_path / "log.parquet", made(7000, ordered=True))
     log = read(path, SCHEMA, BY_TIME, hold="disk", block=500, cache=tmp_path / "cache")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, final
@@ -28,6 +29,11 @@ class Arm:
     about: str = ""
     set: dict[str, Any] = field(default_factory=dict)
     match: Match | None = None
+
+    def __post_init__(self) -> None:
+        # JSON, in which comparisons are written, has no infinities; options read them by name
+        told = {k: str(v) if v in (math.inf, -math.inf) else v for k, v in self.set.items()}
+        object.__setattr__(self, "set", told)
 
 
 @final

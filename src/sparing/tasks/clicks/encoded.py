@@ -21,6 +21,7 @@ from sparing.tasks.clicks.schema import Schema
 from sparing.tasks.clicks.vocabulary import Vocabulary
 
 ARRAYS: Final = ("ids", "numeric", "labels", "time")
+_CHUNK: Final = 1 << 20
 
 
 @final
@@ -109,9 +110,7 @@ class Encoded:
             else:
                 file = folder / f"{name}.npy"
                 array = np.lib.format.open_memmap(file, mode="w+", dtype=dtype, shape=shape)
-                # a disk that is full later would kill the process that writes to the map
-                with open(file, "r+b") as opened:
-                    os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
+                _reserve(file, array.offset)
             arrays.append(array)
         return cls(**dict(zip(ARRAYS, arrays, strict=True)), bounds=np.array([0, rows]))
 
@@ -128,6 +127,23 @@ class Encoded:
             getattr(self, name)[place] = getattr(other, name)
 
 
+def _reserve(file: Path, offset: int) -> None:
+    """Take the room of a file of zeros from ``offset`` on: a full disk would kill who maps it.
+
+    Raises OSError where there is too little.
+    """
+    size = file.stat().st_size
+    with open(file, "r+b") as opened:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(opened.fileno(), 0, size)
+            return
+        # macOS has no such call; what is written has its room
+        for start in range(offset, size, _CHUNK):
+            opened.seek(start)
+            opened.write(bytes(min(_CHUNK, size - start)))
+        os.fsync(opened.fileno())
+
+
 def tensors(rows: Encoded) -> dict[str, Tensor]:
     """Rows as a batch: ids (B, F) int64, numeric (B, D) float32, labels (B,) float32."""
     return {
@@ -141,9 +157,17 @@ def joined(parts: Sequence[tuple[Encoded, Any]]) -> Encoded:
     """Chosen rows of several, one after the other: each a slice or positions (n,) int64."""
     found: dict[str, Any] = {}
     for name in ARRAYS:
-        chosen = [getattr(rows, name)[places] for rows, places in parts]
+        chosen = [_of(getattr(rows, name), places) for rows, places in parts]
         found[name] = chosen[0] if len(chosen) == 1 else np.concatenate(chosen)
     return Encoded(**found, bounds=np.array([0, len(found["labels"])]))
+
+
+def _of(array: NDArray[Any], places: Any) -> NDArray[Any]:
+    if isinstance(places, slice):
+        return array[places]
+    # copies rows whole, where indexing by an array goes value by value
+    taken: NDArray[Any] = array.take(places, axis=0)
+    return taken
 
 
 def encode(

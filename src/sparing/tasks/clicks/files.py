@@ -77,6 +77,9 @@ class LogFiles:
         self.blocks: tuple[Block, ...] = ()
         self._types: dict[str, Any] = {}
         self._abouts: dict[Path, Any] = {}
+        self._room = 0
+        self._kept: list[tuple[int, Piece]] = []
+        self._whole = False
         self._check()
 
     @property
@@ -89,11 +92,28 @@ class LogFiles:
 
         Errors as for ``LogFiles``, by column and row.
         """
-        number = 0
+        if self._whole:
+            yield from self._kept
+            return
+        self._kept = []
+        number = held = 0
         for position, block in enumerate(self.blocks):
             for piece in self.block(block, number):
+                held += piece.batch.nbytes if self._room else 0
+                if held > self._room:
+                    self._kept = []
+                elif self._room:
+                    self._kept.append((position, piece))
                 yield position, piece
                 number += len(piece.batch)
+        self._whole = bool(self._kept)
+
+    def keep(self, room: int) -> None:
+        """Of CSV, whose parsing is dear, hold what a pass has parsed, if it fits ``room`` bytes.
+
+        The next passes then parse nothing. 0 drops what is held.
+        """
+        self._room, self._kept, self._whole = (0 if self.parquet else room), [], False
 
     def block(self, block: Block, number: int | None = None) -> Iterator[Piece]:
         """The rows of one block; ``number``, that of its first row, if the block does not know."""
@@ -142,7 +162,7 @@ class LogFiles:
             cell, line = _CELL.match(message), _LINE.match(message)
         headed = 0 if self.schema.header else 1
         if cell:
-            header = self.schema.header or _header(file, self.schema)
+            header = _csv_file(file, self.schema, {}, include=False).schema.names
             name = header[int(cell[1])] if int(cell[1]) < len(header) else f"number {cell[1]}"
             value = cell[4].removeprefix("invalid value ").strip("'")
             place = int(cell[2]) - 1 - headed if cell[2] else first
@@ -229,9 +249,9 @@ class LogFiles:
                     groups = [about.row_group(i).num_rows for i in range(about.num_row_groups)]
                 _distinct(file, arrow.names, self.schema)
                 return dict(zip(arrow.names, arrow.types, strict=True)), groups
-            header = self.schema.header or _header(file, self.schema)
-            _distinct(file, header, self.schema)
+            # the names as they stand, before arrow makes one of two that are alike
             found = _csv_file(file, self.schema, {}, include=False).schema
+            _distinct(file, found.names, self.schema)
             return dict(zip(found.names, found.types, strict=True)), [0]
         except (OSError, pa.ArrowException) as error:
             raise self._told(file, error, 0) from error
@@ -309,12 +329,6 @@ def _csv_file(
             false_values=[],
         ),
     )
-
-
-def _header(file: Path, schema: Schema) -> list[str]:
-    """The names as they stand, before arrow makes one of two that are alike."""
-    names: list[str] = _csv_file(file, schema, {}, include=False).schema.names
-    return names
 
 
 def _exhaust(file: Path, schema: Schema, types: dict[str, Any]) -> str | None:

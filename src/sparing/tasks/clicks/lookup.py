@@ -57,10 +57,10 @@ class Lookup:
             # as unsigned numbers, values below the lowest key are far above the highest
             far = np.subtract(values, self._low, dtype=np.int64).view(np.uint64)
             np.minimum(far, np.uint64(len(self._table) - 1), out=far)
-            return self._table[far.view(np.int64)]
+            return self._table.take(far.view(np.int64))
         slot = self._slot(values)
-        found = self._table[slot]
-        pending = np.flatnonzero((found >= 0) & (self._keys[found] != values))
+        found = self._table.take(slot)
+        pending = np.flatnonzero((found >= 0) & (self._keys.take(found) != values))
         while len(pending):
             slot[pending] = (slot[pending] + 1) & (len(self._table) - 1)
             here = self._table[slot[pending]]

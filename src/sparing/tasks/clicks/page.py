@@ -19,7 +19,8 @@ def tables(log_odds: Tensor, labels: Tensor, time: np.ndarray, name: str | None)
     """Tables of held-out rows; ``name``: what the time column is called, None without one."""
     found = [_calibration(log_odds, labels)]
     if name is not None and 1 < len(np.unique(time)) <= MOST_TIMES:
-        found.append(_by_time(log_odds, labels, torch.from_numpy(time), name))
+        # a copy: what is mapped from a file cannot be written, which torch warns of
+        found.append(_by_time(log_odds, labels, torch.from_numpy(np.array(time)), name))
     return found
 
 

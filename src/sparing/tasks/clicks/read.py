@@ -73,6 +73,7 @@ def read(
     maps them; ``stream`` decodes row groups of Parquet in every epoch. ``auto``: memory if they
     take at most ``memory`` bytes; else ``stream``, if the files have at least 32 row groups that
     are not sorted by time; else ``disk``. Held-out rows are in memory, or on disk with the others.
+    CSV is parsed once if what is parsed takes at most ``memory`` bytes, and twice otherwise.
 
     The cache is found again by the names, sizes and times of change of the files and by every
     option here. Ranks of one machine must not write the same cache at once: let one read first.
@@ -94,6 +95,7 @@ def read(
         found = cached(kept, schema)
         if found is not None:
             return found
+    files.keep(memory)
     seen = survey(files, split, vocabulary, cut_off=cut_off, buckets=buckets, scaling=scaling)
     counts = seen.parts.sum(0)
     _all_there(counts, split, seen)

@@ -155,19 +155,19 @@ class Batches:
         if wanted >= min(last, self.total):
             return
         passed = 0
-        held: list[tuple[Encoded, Any]] = []
+        held: list[tuple[Encoded, NDArray[np.int64]]] = []
         waiting = 0
         for number, group in enumerate(self.groups(epoch)):
             rows = int(self.source.sizes[group].sum())
             if passed + rows <= wanted:
                 passed += rows
                 continue
-            mixed = self._mixed(group, epoch, number, rows)
+            whole, order = self._mixed(group, epoch, number, rows)
             begin = max(0, wanted - passed)
             passed += rows
             while begin < rows:
                 taken = min(rows - begin, step - waiting)
-                held.append((mixed, slice(begin, begin + taken)))
+                held.append((whole, order[begin : begin + taken]))
                 waiting += taken
                 begin += taken
                 if waiting == step:
@@ -178,30 +178,33 @@ class Batches:
         if waiting and not self.drop_last:
             yield self._own(held, offset)
 
-    def _own(self, held: list[tuple[Encoded, Any]], offset: int) -> dict[str, Tensor]:
+    def _own(self, held: list[tuple[Encoded, NDArray[np.int64]]], offset: int) -> dict[str, Tensor]:
         """This rank's rows of a step, whose rows are spread over ``held``."""
         if self.ranks == 1:
             return tensors(joined(held))
         own, begin = [], 0
-        for rows, place in held:
-            end = begin + place.stop - place.start
+        for rows, places in held:
+            end = begin + len(places)
             low, high = max(begin, offset), min(end, offset + self.batch_size)
             if low < high:
-                own.append((rows, slice(place.start + low - begin, place.start + high - begin)))
+                own.append((rows, places[low - begin : high - begin]))
             begin = end
         return tensors(joined(own))
 
-    def _mixed(self, group: NDArray[np.int64], epoch: int, number: int, rows: int) -> Encoded:
-        """The rows of some blocks, mixed."""
+    def _mixed(
+        self, group: NDArray[np.int64], epoch: int, number: int, rows: int
+    ) -> tuple[Encoded, NDArray[np.int64]]:
+        """The rows of some blocks, and the order to take them in."""
         whole = joined([(self.source.block(int(k)), slice(None)) for k in group])
         if len(whole) != rows:
             raise RequestError(
                 f"a block has {len(whole)} rows and had {rows} when it was counted: the files "
                 "have changed; read them anew"
             )
-        if not self.shuffle:
-            return whole
-        return whole.rows(self._generator(epoch, 1 + number).permutation(rows))
+        order = np.arange(rows)
+        if self.shuffle:
+            self._generator(epoch, 1 + number).shuffle(order)
+        return whole, order
 
 
 def _ahead(made: Any) -> Any:

@@ -37,6 +37,8 @@ MISSING: Final = 0
 UNSEEN: Final = 1
 FIRST: Final = 2
 """The id of a field's most frequent value, or of its first bucket."""
+_ROUND: Final = 1 << 13
+"""Rows of all columns put beside each other at a time."""
 
 
 @final
@@ -102,7 +104,7 @@ class Field:
         codes, values = texts(column)
         ids = np.append(self._text_ids(values), np.int32(MISSING))
         # the code of what is missing is -1, which is the last entry
-        return ids[codes]
+        return ids.take(codes)
 
     def _text_ids(self, values: Any) -> NDArray[np.int32]:
         hashes = text_hashes(*string_parts(values), salt=self._salt)
@@ -373,8 +375,11 @@ def _beside(
                 f'the column "{name}" has {len(column)} rows and "{names[0]}" has {rows}'
             )
     stacked = np.empty((rows, len(found)), dtype=dtype)
-    for place, column in enumerate(found):
-        stacked[:, place] = column
+    # a part at a time, which stays in the processor's caches until each column is in it
+    for start in range(0, rows, _ROUND):
+        part = slice(start, start + _ROUND)
+        for place, column in enumerate(found):
+            stacked[part, place] = column[part]
     return stacked
 
 
