@@ -1,0 +1,8 @@
+"""Dense checkpoints to experts and back."""
+
+from __future__ import annotations
+
+from sparing.convert.options import Conversion
+from sparing.convert.running import Converted, convert, plan
+
+__all__ = ["Conversion", "Converted", "convert", "plan"]
