@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from sparing.convert.densifying import Densified, to_dense
 from sparing.convert.options import Conversion
 from sparing.convert.running import Converted, convert, plan
 
-__all__ = ["Conversion", "Converted", "convert", "plan"]
+__all__ = ["Conversion", "Converted", "Densified", "convert", "plan", "to_dense"]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sparing.convert.card import card
 from sparing.convert.checking import Checked, check
-from sparing.convert.checkpoint import Shards
+from sparing.convert.checkpoint import INDEX, Shards
 from sparing.convert.deciding import decide
 from sparing.convert.options import Conversion
 from sparing.convert.pieces import Decision, Pieces
@@ -105,7 +105,7 @@ def convert(
 
         written = {name: write(aside / name, held, note=wrote) for name, held in files.items()}
         form.finish(aside, dense, decisions, options, files, written)
-        _beside(dense, aside)
+        beside(dense.source.directory, aside)
         scales = {path: decision.scale for path, decision in decisions.items()}
         _note(dense, aside, form.name, options, decisions, wanted)
         say("checking", 0, 1)
@@ -115,12 +115,13 @@ def convert(
     return Converted(planned=wanted, checked=checked, scales=scales)
 
 
-def _beside(dense: Skeleton, aside: Path) -> None:
-    """The tokenizer and whatever else small stands beside the weights."""
-    for entry in sorted(dense.source.directory.iterdir()):
-        weights = ".safetensors" in entry.name or entry.suffix in (".bin", ".gguf", ".pt", ".pth")
-        own = entry.name in (NOTE, "README.md", "sparing.json") or entry.name.startswith(".")
-        if entry.is_file() and not weights and not own and not (aside / entry.name).exists():
+def beside(source: Path, aside: Path, leave: Sequence[str] = ()) -> None:
+    """Copy the tokenizer and whatever else small stands beside the weights, without ``leave``."""
+    own = {NOTE, "README.md", "sparing.json", INDEX, *leave}
+    for entry in sorted(source.iterdir()):
+        weights = entry.suffix in (".safetensors", ".bin", ".gguf", ".pt", ".pth")
+        hidden = entry.name in own or entry.name.startswith(".")
+        if entry.is_file() and not weights and not hidden and not (aside / entry.name).exists():
             shutil.copy2(entry, aside / entry.name)
 
 

@@ -42,12 +42,17 @@ class Skeleton:
         """The model's class in transformers."""
         return type(self.model).__name__
 
+    def own(self, block: Block) -> Block:
+        """The block of this model that stands where ``block`` stands in a model with weights."""
+        return next(found for found in self.blocks if found.path == block.path)
+
     def parts(self, block: Block) -> dict[str, str]:
         """The state-dict names of a block's weights and biases, by part: ``up``, ``up_bias``..."""
         by_module = {id(module): name for name, module in self.model.named_modules()}
+        own = self.own(block)
         found: dict[str, str] = {}
         for part in PARTS:
-            module = getattr(block, part)
+            module = getattr(own, part)
             if module is None:
                 continue
             name = by_module[id(module)]
