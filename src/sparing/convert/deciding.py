@@ -16,7 +16,7 @@ from sparing.convert.native import method_of
 from sparing.convert.options import WITH_LOSS, Conversion, plain_scale
 from sparing.convert.pieces import STRIDE, Decision
 from sparing.convert.reading import Batch, Batches, packed, texts_of, written
-from sparing.convert.skeleton import Skeleton
+from sparing.convert.skeleton import Skeleton, quietly
 from sparing.convert.split import Split, at_random, contiguous, sizes, split
 from sparing.core.errors import RequestError
 from sparing.experts.families import Block, feed_forwards
@@ -43,14 +43,14 @@ def decide(
     if not (options.reads or given):
         found = {}
         for position, block in enumerate(chosen):
-            made = _dealt(dense, block, position, options, None)
+            made = dealt(dense, block, position, options, None)
             gate = _plain_gate(dense, block, position, options, made, False)
             scale = plain_scale(options.resolved_scale(False), options)
             assert scale is not None
             found[block.path] = Decision(split=made, scale=scale, gate=gate)
             told("deciding", position + 1, len(chosen))
         return found
-    model = _loaded(dense)
+    model = loaded(dense)
     every = {block.path: block for block in feed_forwards(model, dense.families)}
     blocks = [every[block.path] for block in chosen]
     read = _batches(dense, model, options, texts, batches)
@@ -66,13 +66,15 @@ def from_model(
     told: Told = lambda stage, done, total: None,
 ) -> dict[str, Decision]:
     """The decisions from a model at work on batches; blocks: those of ``model`` to convert."""
-    scores = _scores(model, blocks, batches, options, told)
+    scores = scores_of(model, blocks, batches, options, told)
     inputs = activations.inputs_of(model, blocks, batches, TOKENS)
     found: dict[str, Decision] = {}
     for position, block in enumerate(blocks):
         score = scores[position] if scores is not None else None
-        made = _dealt(dense, block, position, options, score)
-        found[block.path] = _fitted(dense, block, position, made, inputs[position], options)
+        made = dealt(dense, block, position, options, score)
+        sample = sampled(dense, block, made, inputs[position])
+        gate = gate_of(dense, block, position, sample, made, options)
+        found[block.path] = scaled(block, sample, made, gate, options)
         told("fitting", position + 1, len(blocks))
     if options.scale == "learned":
         found = learned(model, blocks, found, batches, options, told)
@@ -111,7 +113,7 @@ def learned(
     }
 
 
-def _scores(
+def scores_of(
     model: nn.Module,
     blocks: Sequence[Block],
     batches: Sequence[Batch],
@@ -177,9 +179,11 @@ def _token_labels(
     return labels
 
 
-def _dealt(
+@torch.no_grad()
+def dealt(
     dense: Skeleton, block: Block, position: int, options: Conversion, score: Tensor | None
 ) -> Split:
+    """The block's hidden units dealt out by the method, with the scores that it goes by."""
     itemsize = dense.dtype(block).itemsize
     generator = torch.Generator().manual_seed(options.seed * STRIDE + position)
     method, n, residual = options.method, options.experts, options.always
@@ -243,28 +247,41 @@ def _plain_gate(
 
 
 @torch.no_grad()
-def _fitted(
+def sampled(dense: Skeleton, block: Block, made: Split, x: Tensor) -> fitting.Sample:
+    """What the block's experts give on inputs x: (T, d)."""
+    down = dense.read(block, "down").float()
+    return fitting.sample(x, _hidden(dense, block, x), down, made)
+
+
+@torch.no_grad()
+def gate_of(
     dense: Skeleton,
     block: Block,
     position: int,
+    found: fitting.Sample,
     made: Split,
-    x: Tensor,
     options: Conversion,
-) -> Decision:
-    """Gate, bias and scale of one block from a sample of its inputs."""
+) -> Tensor | None:
+    """The gate (E, d) that the options name; None where the router keeps its own."""
     generator = torch.Generator().manual_seed(options.seed * STRIDE + position + 2)
-    gate = _plain_gate(dense, block, position, options, made, True)
-    kind, rule = options.resolved_gate(True), options.resolved_scale(True)
+    kind = options.resolved_gate(True)
     if kind == "centroids":
-        gate = fitting.centroids(x, options.routed, generator)
+        return fitting.centroids(found.x, options.routed, generator)
+    if kind == "distilled":
+        return fitting.distilled(found, options.chosen, generator)
+    return _plain_gate(dense, block, position, options, made, True)
+
+
+@torch.no_grad()
+def scaled(
+    block: Block, found: fitting.Sample, made: Split, gate: Tensor | None, options: Conversion
+) -> Decision:
+    """The scale and the biases that the options name, for this gate."""
     if options.method == "copy":
         return Decision(split=made, scale=1.0, gate=gate)
-    down = dense.read(block, "down").float()
-    found = fitting.sample(x, _hidden(dense, block, x), down, made)
-    if kind == "distilled":
-        gate = fitting.distilled(found, options.chosen, generator)
+    x = found.x
     weights = _weigh(block, options, gate)(x, gate if gate is not None else x)
-    scale = plain_scale(rule, options)
+    scale = plain_scale(options.resolved_scale(True), options)
     start = scale if scale is not None else fitting.calibrated(found, weights)
     bias: Tensor | None = None
     if options.compensate == "mean":
@@ -306,11 +323,12 @@ def _hidden(dense: Skeleton, block: Block, x: Tensor) -> Tensor:
     return block.act(raised("gate")) * up if block.kind == "gated" else block.act(up)
 
 
-def _loaded(dense: Skeleton) -> Any:
+def loaded(dense: Skeleton) -> Any:
     """The dense model with its weights, in float32."""
-    found = type(dense.model).from_pretrained(  # type: ignore[attr-defined]
-        dense.source.directory, local_files_only=True, dtype=torch.float32
-    )
+    with quietly():
+        found = type(dense.model).from_pretrained(  # type: ignore[attr-defined]
+            dense.source.directory, local_files_only=True, dtype=torch.float32
+        )
     return found.eval()
 
 

@@ -98,19 +98,27 @@ def distilled(found: Sample, k: int, generator: torch.Generator) -> Tensor:
     matters = best_choice(found, k).float() / k
     count = found.outputs.shape[0]
     rows = (torch.randn(count, x.shape[1], generator=generator) * 1e-2).requires_grad_(True)
+    weigh = softmax_top_k(k)
     with torch.enable_grad():
         _descend([rows], lambda: _named(inputs @ rows.t(), matters), FIRST_STEPS, FIRST_RATE)
-        weigh = softmax_top_k(k)
+        # a size of its own, so that evening the weights out does not change who is chosen
+        warmth = torch.zeros((), requires_grad=True)
         start = float(least_squares(weigh(inputs, rows.detach()), gram, onto))
         size = torch.tensor(max(start, 1e-3)).log().requires_grad_(True)
+        best = (float("inf"), rows.detach())
 
         def distance() -> Tensor:
-            a = size.exp() * weigh(inputs, rows)
+            nonlocal best
+            gate = warmth.exp() * rows
+            a = size.exp() * weigh(inputs, gate)
             inside = torch.einsum("te,tef,tf->t", a, gram, a) - 2 * (a * onto).sum(1)
-            return inside.mean() / power
+            found = inside.mean() / power
+            if float(found.detach()) < best[0]:
+                best = (float(found.detach()), gate.detach().clone())
+            return found
 
-        _descend([rows, size], distance, THEN_STEPS, THEN_RATE)
-    return (rows.detach() / spread).contiguous()
+        _descend([rows, size, warmth], distance, THEN_STEPS, THEN_RATE)
+    return (best[1] / spread).contiguous()
 
 
 @torch.no_grad()

@@ -46,7 +46,7 @@ def converted(
         decision = decisions.get(block.path)
         if decision is not None:
             scale = decision.scale if scales is None else scales[block.path]
-            handles += _hooks(block, decision, weigh, scale)
+            handles += hooks(block, decision, weigh, scale)
     try:
         yield
     finally:
@@ -54,7 +54,8 @@ def converted(
             handle.remove()
 
 
-def _hooks(block: Block, decision: Decision, weigh: Weigh, scale: float | Tensor) -> list[Any]:
+def hooks(block: Block, decision: Decision, weigh: Weigh, scale: float | Tensor) -> list[Any]:
+    """What ``converted`` hangs on one block: handles to remove."""
     held, shared = membership(decision.split, block.width)
     gate = decision.gate
     assert gate is not None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
@@ -207,11 +208,26 @@ def _spellings(name: str, prefix: str) -> list[str]:
 
 
 def _whole(directory: Path, model_class: Any) -> Whole:
-    model, told = model_class.from_pretrained(
-        directory, local_files_only=True, output_loading_info=True, dtype="auto"
-    )
+    with quietly():
+        model, told = model_class.from_pretrained(
+            directory, local_files_only=True, output_loading_info=True, dtype="auto"
+        )
     lost = set(told["missing_keys"])
     return Whole(directory, {n: t for n, t in model.state_dict().items() if n not in lost})
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Without transformers' own progress bars: ours tells of the whole conversion."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _check(made: Skeleton, state: Mapping[str, Tensor]) -> None:
