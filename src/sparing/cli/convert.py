@@ -20,9 +20,17 @@ if TYPE_CHECKING:
 
 @app.command()
 def convert(
-    path: Annotated[Path, typer.Argument(help="A Hugging Face model's directory.")],
+    paths: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="PATH...", help="A Hugging Face model's directory; several: --from."
+        ),
+    ],
     out: Annotated[Path, typer.Argument(help="The new directory.")],
-    experts: Annotated[int, typer.Option(help="Experts that each block is cut into.")] = 8,
+    experts: Annotated[
+        int | None,
+        typer.Option(help="Experts that each block is cut into; default 8, or one for each model."),
+    ] = None,
     active: Annotated[int, typer.Option(help="Experts that a token passes.")] = 2,
     residual: Annotated[int | None, typer.Option(help="How many of both are always on.")] = None,
     method: Annotated[
@@ -72,6 +80,10 @@ def convert(
     to_dense: Annotated[
         bool, typer.Option("--to-dense", help="Put a converted model together again.")
     ] = False,
+    several: Annotated[
+        bool,
+        typer.Option("--from", help="Make one expert of each of several fine-tunes of one base."),
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only tell what would be done.")
     ] = False,
@@ -83,18 +95,23 @@ def convert(
         from sparing import convert as conversion
         from sparing.convert.skeleton import described
 
+        path = paths[0]
+        if len(paths) > 1 and not several:
+            raise RequestError(
+                f"{len(paths)} models were given; write --from to make one expert of each of them"
+            )
         if to_dense:
-            if dry_run:
-                raise RequestError("--dry-run plans a conversion to experts; leave out --to-dense")
+            if dry_run or several:
+                raise RequestError("--to-dense goes with neither --dry-run nor --from")
             with progress(quiet) as note:
                 put = conversion.to_dense(path, out, told=note)
             show(put.to_dict(), as_json, lambda: [*put.lines(), f"written: {out}"])
             return
         options: Conversion = conversion.Conversion(
-            experts=experts,
+            experts=experts or (len(paths) if several else 8),
             active=active,
             residual=residual,
-            method=method,
+            method="copy" if several else method,
             scale=_scale(scale),
             gate=gate,
             compensate=compensate,  # type: ignore[arg-type]
@@ -110,6 +127,8 @@ def convert(
             length=length,
         )
         family = described(block) if block is not None else None
+        if several and text:
+            raise RequestError("--from reads no text: its gate is random, zero or keys")
         planned = conversion.plan(path, options, data=bool(text), family=family)
         if dry_run:
             show(planned.to_dict(), as_json, planned.lines)
@@ -118,9 +137,12 @@ def convert(
             # what loads the result is said before anything is converted
             typer.echo("\n".join(planned.lines()), err=True)
         with progress(quiet) as note:
-            made = conversion.convert(
-                path, out, options, texts=text or (), family=family, told=note
-            )
+            if several:
+                made = conversion.combine(paths, out, options, family=family, told=note)
+            else:
+                made = conversion.convert(
+                    path, out, options, texts=text or (), family=family, told=note
+                )
         show(made.to_dict(), as_json, lambda: [*made.lines(), f"written: {out}"])
 
 

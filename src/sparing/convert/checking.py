@@ -13,7 +13,7 @@ from torch import Tensor
 from sparing.convert.checkpoint import Source
 from sparing.convert.forms import Form
 from sparing.convert.options import OVERLAPPING, Conversion
-from sparing.convert.pieces import Decision, fold
+from sparing.convert.pieces import Decision, Pieces, fold
 from sparing.convert.skeleton import Skeleton
 from sparing.core.errors import RunError
 from sparing.experts.families import Block
@@ -56,7 +56,7 @@ class Checked:
 
 @torch.no_grad()
 def check(
-    skeleton: Skeleton,
+    pieces: Pieces,
     result: Source,
     form: Form,
     decisions: Mapping[str, Decision],
@@ -66,7 +66,7 @@ def check(
 
     Raises RunError if any of them is not what it must be.
     """
-    untouched = 0
+    skeleton, untouched = pieces.skeleton, 0
     shapes = result.shapes()
     own = {n for b in skeleton.blocks if b.path in decisions for n in skeleton.parts(b).values()}
     for name, theirs in skeleton.names.items():
@@ -80,7 +80,7 @@ def check(
     if options.method in OVERLAPPING:
         for block in skeleton.blocks:
             if block.path in decisions and not options.noise:
-                _compare(skeleton, result, form, block, decisions[block.path])
+                _compare(pieces, result, form, block, decisions[block.path])
         return Checked(once=None, parity=None, untouched=untouched)
     worst = 0.0
     for block in skeleton.blocks:
@@ -92,7 +92,7 @@ def check(
                 f'"{block.path}": a hidden unit is missing or doubled after conversion by '
                 f"{options.method}; this is a defect of sparing, please report it"
             )
-        _compare(skeleton, result, form, block, decision)
+        _compare(pieces, result, form, block, decision)
         worst = max(worst, _parity(skeleton, result, form, block, decision))
     if worst > CLOSE:
         raise RunError(
@@ -102,18 +102,16 @@ def check(
     return Checked(once=True, parity=worst, untouched=untouched)
 
 
-def _compare(
-    skeleton: Skeleton, result: Source, form: Form, block: Block, decision: Decision
-) -> None:
+def _compare(pieces: Pieces, result: Source, form: Form, block: Block, decision: Decision) -> None:
     """Every number of every expert against the dense one it stands for."""
     for part in ("gate", "up", "down"):
-        if part not in skeleton.dense_parts(block):
+        if part not in pieces.skeleton.dense_parts(block):
             continue
-        dense = skeleton.read(block, part)
         axis = int(part == "down")
         stored = form.stored(result, block.path, part)
-        for units, held in zip(decision.split.index, stored, strict=True):
+        for expert, (units, held) in enumerate(zip(decision.split.index, stored, strict=True)):
             real = units >= 0
+            dense = pieces.dense(block, part, expert)
             expected = dense.index_select(axis, units[real])
             if part == "down":
                 expected = fold(expected, decision.scale)

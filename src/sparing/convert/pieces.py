@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -33,17 +34,29 @@ class Decision:
 
 @final
 class Pieces:
-    """Reads dense parts of one block at a time and cuts them; keeps the last one read."""
+    """Reads dense parts of one block at a time and cuts them; keeps the last one read.
 
-    def __init__(self, skeleton: Skeleton, *, noise: float = 0.0, seed: int = 0) -> None:
-        self.skeleton, self.noise, self.seed = skeleton, noise, seed
-        self._last: tuple[str, str, Tensor] | None = None
+    models: where expert e is a whole block of the e-th of several models, these.
+    """
 
-    def dense(self, block: Block, part: str) -> Tensor:
-        """One dense part, not to be changed."""
-        if self._last is None or self._last[:2] != (block.path, part):
-            self._last = (block.path, part, self.skeleton.read(block, part))
-        return self._last[2]
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        *,
+        noise: float = 0.0,
+        seed: int = 0,
+        models: Sequence[Skeleton] = (),
+    ) -> None:
+        self.skeleton, self.noise, self.seed, self.models = skeleton, noise, seed, tuple(models)
+        self._last: tuple[str, str, int, Tensor] | None = None
+
+    def dense(self, block: Block, part: str, expert: int = 0) -> Tensor:
+        """One dense part that ``expert`` is cut from, not to be changed."""
+        model = expert if self.models else 0
+        if self._last is None or self._last[:3] != (block.path, part, model):
+            skeleton = self.models[model] if self.models else self.skeleton
+            self._last = (block.path, part, model, skeleton.read(block, part))
+        return self._last[3]
 
     def expert(self, block: Block, part: str, decision: Decision, expert: int) -> Tensor:
         """One routed expert's part, in the dense type."""
@@ -72,7 +85,7 @@ class Pieces:
             return torch.zeros(len(units), dtype=dtype)
         if part == "down_bias":
             return self._out_bias(block, decision, expert)
-        dense = self.dense(block, part)
+        dense = self.dense(block, part, expert)
         cut = pick(dense, units, int(part == "down"))
         if self.noise:
             cut = cut + self._noise(block, part, expert, dense, cut)
@@ -83,7 +96,7 @@ class Pieces:
     def _out_bias(self, block: Block, decision: Decision, expert: int) -> Tensor:
         found = torch.zeros(block.dim, dtype=self.skeleton.dtype(block))
         if "down_bias" in self.skeleton.dense_parts(block):
-            found = self.dense(block, "down_bias").clone()
+            found = self.dense(block, "down_bias", expert).clone()
         if decision.bias is not None:
             found = (found.double() + decision.bias[expert].double()).to(found.dtype)
         return found

@@ -15,6 +15,7 @@ from sparing.convert.card import card
 from sparing.convert.checking import Checked, check
 from sparing.convert.checkpoint import INDEX, Shards
 from sparing.convert.deciding import decide
+from sparing.convert.forms import Form
 from sparing.convert.options import Conversion
 from sparing.convert.pieces import Decision, Pieces
 from sparing.convert.planning import Planned, check_place, choose_form, chosen_blocks, planned
@@ -93,6 +94,21 @@ def convert(
     say = told or (lambda stage, done, total: None)
     decisions = decide(dense, chosen, options, texts=texts, batches=batches, told=say)
     pieces = Pieces(dense, noise=options.noise, seed=options.seed)
+    return made(out, pieces, form, decisions, options, wanted, say)
+
+
+def made(
+    out: Path,
+    pieces: Pieces,
+    form: Form,
+    decisions: Mapping[str, Decision],
+    options: Conversion,
+    wanted: Planned,
+    told: Told,
+    more: Mapping[str, Any] | None = None,
+) -> Converted:
+    """Write what was decided aside, read it back, and rename it; more: for the note."""
+    dense = pieces.skeleton
     files = form.files(pieces, decisions, options)
     total = sum(entry.size for held in files.values() for entry in held)
     with replacing(out) as aside:
@@ -101,16 +117,16 @@ def convert(
         def wrote(size: int) -> None:
             nonlocal done
             done += size
-            say("writing", done, total)
+            told("writing", done, total)
 
         written = {name: write(aside / name, held, note=wrote) for name, held in files.items()}
         form.finish(aside, dense, decisions, options, files, written)
         beside(dense.source.directory, aside)
         scales = {path: decision.scale for path, decision in decisions.items()}
-        _note(dense, aside, form.name, options, decisions, wanted)
-        say("checking", 0, 1)
-        checked = check(dense, Shards(aside), form, decisions, options)
-        say("checking", 1, 1)
+        _note(dense, aside, form.name, options, decisions, wanted, more or {})
+        told("checking", 0, 1)
+        checked = check(pieces, Shards(aside), form, decisions, options)
+        told("checking", 1, 1)
         atomic_write_text(aside / "README.md", card(wanted, checked, list(scales.values())))
     return Converted(planned=wanted, checked=checked, scales=scales)
 
@@ -132,6 +148,7 @@ def _note(
     options: Conversion,
     decisions: Mapping[str, Decision],
     wanted: Planned,
+    more: Mapping[str, Any],
 ) -> None:
     """What going back to the dense model takes."""
     from sparing import __version__
@@ -163,5 +180,6 @@ def _note(
         "blocks": blocks,
         "config": dense.config.to_dict() | {"transformers_version": None},
         "parameters": dict(wanted.parameters),
+        **more,
     }
     atomic_write_json(aside / NOTE, note)
