@@ -92,7 +92,7 @@ def cells(
             scale, _, bias = rule.partition(" + ")
             wanted = dataclasses.replace(options, scale=scale, compensate=bias or "none")
             decisions = {
-                b.path: deciding.scaled(b, s, m, g, wanted)
+                b.path: deciding.scaled(dense, b, s, m, g, wanted)
                 for b, s, m, g in zip(blocks, samples, made, gates, strict=True)
             }
             if scale == "learned":

@@ -96,7 +96,7 @@ def test_a_fitted_conversion_is_nearer_to_the_dense_model(tmp_path: Path):
         (("--active", 9), "active must be at most experts (8), got 9"),
         (("--method", "gradien"), 'did you mean "gradient"'),
         (("--experts", 200, "--active", 2), "172 hidden units cannot be cut into 200"),
-        (("--scale", "-1"), "scale must be at least 0"),
+        (("--scale", "-1"), "scale must be at least 1e-06"),
         (("--block", "up=a"), "lacks down, act"),
         (("-s", "k"), "sets nothing"),
     ],

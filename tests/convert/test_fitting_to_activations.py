@@ -11,7 +11,7 @@ from tests.convert.dense import load, logits, saved
 from tests.experts.zoo import build, inputs
 from torch import Tensor
 
-from sparing.convert import Conversion, activations, convert, fitting, simulating
+from sparing.convert import Conversion, activations, convert, fitting, simulating, to_dense
 from sparing.convert.deciding import from_model
 from sparing.convert.reading import packed, texts_of, written
 from sparing.convert.skeleton import skeleton
@@ -55,6 +55,30 @@ def test_importance_is_the_mean_of_h_times_its_gradient(name: str):
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
 
 
+def test_padding_is_not_looked_at():
+    model = build("llama")
+    blocks = feed_forwards(model)
+    ids = torch.randint(3, 50, (4, 6), generator=torch.Generator().manual_seed(3))
+    plain = [{"input_ids": ids, "labels": ids}]
+    pad = torch.zeros(4, 3, dtype=torch.int64)
+    padded = [
+        {
+            "input_ids": torch.cat([ids, pad], 1),
+            "labels": torch.cat([ids, pad - 100], 1),
+            "attention_mask": torch.cat([torch.ones_like(ids), pad], 1),
+        }
+    ]
+    labels = [torch.tensor([0, 1, 1, 0])]
+    for look in (
+        lambda read: activations.importance(model, blocks, read, labels, 2),
+        lambda read: activations.inputs_of(model, blocks, read, 24),
+        lambda read: [activations.text_vectors(model, blocks, read)],
+        lambda read: activations.coactivation(model, blocks, read, 0),
+    ):
+        for one, other in zip(look(plain), look(padded), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
 def test_every_sequence_is_in_a_cluster():
     """The published clustering loses one text of each full batch."""
     model = build("llama")
@@ -80,7 +104,10 @@ def test_coactivation_sketches_keep_products():
     assert float((exact - near).abs().mean()) < 0.1
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("gpt2", "bert")]
+
+
+@pytest.mark.parametrize("name", ["llama", *SLOW])
 @pytest.mark.parametrize(
     "options",
     [
@@ -108,6 +135,33 @@ def test_the_simulation_is_the_converted_model(
     with simulating.converted(blocks, decisions, fitting.softmax_top_k(wanted.chosen)):
         expected = logits(model, batch)
     torch.testing.assert_close(logits(load(out), batch), expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": method}
+        for method in ("random", "contiguous", "kmeans", "kmeans-cosine", "groups", "coactivation")
+    ]
+    + [
+        {"method": "gradient"},
+        {"method": "gradient", "clusters": "tokens", "residual": 1, "active": 3},
+        {"method": "sharing-inter", "active": 3},
+    ],
+)
+def test_each_method_that_partitions_has_an_exact_way_back(
+    options: dict[str, object], tmp_path: Path
+):
+    """Of experts that do not divide the width, with a scale that is a power of two."""
+    path, out, back = saved(tmp_path, "llama"), tmp_path / "out", tmp_path / "back"
+    model = load(path)
+    fixed: dict[str, object] = {"experts": 5, "active": 2, "gate": "random", "scale": 2.0}
+    wanted = Conversion(**{**fixed, **options})  # type: ignore[arg-type]
+    made = convert(path, out, wanted, batches=batches(model))
+    assert made.checked.once is True
+    assert to_dense(out, back).exact
+    again = load(back).state_dict()
+    assert all(torch.equal(again[name], value) for name, value in model.state_dict().items())
 
 
 def planted(tokens: int = 400) -> fitting.Sample:

@@ -48,10 +48,12 @@ def inputs_of(
     batches = list(batches)
     each = max(1, limit // max(1, len(batches)))
     kept: list[list[Tensor]] = [[] for _ in blocks]
+    real: list[Tensor | None] = [None]
 
     def hook(position: int) -> Any:
         def before(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             x = inputs[0].reshape(-1, inputs[0].shape[-1])
+            x = x if real[0] is None else x[real[0]]
             step = max(1, len(x) // each)
             kept[position].append(x[step - 1 :: step][:each].float().clone())
 
@@ -63,6 +65,7 @@ def inputs_of(
     ]
     try:
         for batch in batches:
+            real[0] = real_tokens(batch)
             model(**_inputs(batch))
     finally:
         for handle in handles:
@@ -109,9 +112,12 @@ def importance(
                 loss = loss_of(model, batch)
                 order = sorted(held)
                 grads = torch.autograd.grad(loss, [held[i] for i in order])
-            for position, grad in zip(order, grads, strict=True):
-                score = (held[position].detach() * grad).abs().double()
+            real = real_tokens(batch)
+            for position, gradient in zip(order, grads, strict=True):
+                score = (held[position].detach() * gradient).abs().double()
                 own = _labels(labels, position, number, len(score))
+                if real is not None:
+                    own, score = own[real], score[real]
                 sums[position].index_add_(0, own, score)
                 counts[position] += torch.bincount(own, minlength=clusters)
             told(number + 1)
@@ -133,8 +139,10 @@ def coactivation(
     sums = [torch.zeros(block.width, SKETCH, dtype=torch.float64) for block in blocks]
     generator = torch.Generator().manual_seed(seed)
     signs: list[Tensor] = []
+    real: list[Tensor | None] = [None]
 
     def seen(position: int, hidden: Tensor) -> None:
+        hidden = hidden if real[0] is None else hidden[real[0]]
         if position == 0 or len(signs[0]) != len(hidden):
             drawn = torch.randint(0, 2, (len(hidden), SKETCH), generator=generator)
             signs[:] = [drawn.float() * 2 - 1]
@@ -142,6 +150,7 @@ def coactivation(
 
     with hooked(blocks, seen):
         for batch in batches:
+            real[0] = real_tokens(batch)
             model(**_inputs(batch))
     return sums
 
@@ -151,17 +160,28 @@ def text_vectors(model: nn.Module, blocks: Sequence[Block], batches: Iterable[Ba
     """One vector for each sequence: its mean input of the middle block, (N, d) float32."""
     found: list[Tensor] = []
     middle = blocks[len(blocks) // 2]
+    real: list[Tensor | None] = [None]
 
     def before(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        found.append(inputs[0].float().mean(1))
+        x = inputs[0].float()
+        weight = torch.ones(x.shape[:2]) if real[0] is None else real[0].view(x.shape[:2]).float()
+        total = weight.sum(1, keepdim=True).clamp_min(1)
+        found.append((x * weight[..., None]).sum(1) / total)
 
     handle = middle.body.register_forward_pre_hook(before)
     try:
         for batch in batches:
+            real[0] = real_tokens(batch)
             model(**_inputs(batch))
     finally:
         handle.remove()
     return torch.cat(found)
+
+
+def real_tokens(batch: Batch) -> Tensor | None:
+    """Which tokens are no padding, (B * S,) bool; None if the batch has no mask of that shape."""
+    mask = batch.get("attention_mask")
+    return mask.reshape(-1).bool() if mask is not None and mask.ndim == 2 else None
 
 
 def loss_of(model: nn.Module, batch: Batch) -> Tensor:

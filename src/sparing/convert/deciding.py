@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from sparing.convert import activations, dealing, fitting, simulating
 from sparing.convert.clusters import balanced_kmeans
-from sparing.convert.native import method_of
+from sparing.convert.native import method_of, router_seed
 from sparing.convert.options import WITH_LOSS, Conversion, plain_scale
 from sparing.convert.pieces import STRIDE, Decision
 from sparing.convert.reading import Batch, Batches, packed, texts_of, written
@@ -74,7 +75,7 @@ def from_model(
         made = dealt(dense, block, position, options, score)
         sample = sampled(dense, block, made, inputs[position])
         gate = gate_of(dense, block, position, sample, made, options)
-        found[block.path] = scaled(block, sample, made, gate, options)
+        found[block.path] = scaled(dense, block, sample, made, gate, options)
         told("fitting", position + 1, len(blocks))
     if options.scale == "learned":
         found = learned(model, blocks, found, batches, options, told)
@@ -139,7 +140,7 @@ def scores_of(
             )
         vectors = vectors - vectors.mean(0)
         found, _ = balanced_kmeans(vectors, sizes(len(vectors), n), generator, cosine=True)
-        labels = list(found.split([len(next(iter(batch.values()))) for batch in batches]))
+        labels = list(torch.split(found, [len(next(iter(batch.values()))) for batch in batches]))
     total = len(batches)
     return activations.importance(
         model, blocks, batches, labels, n, told=lambda done: told("importance", done, total)
@@ -239,10 +240,11 @@ def _plain_gate(
         found = torch.stack(rows)
         found = found - found.mean(0)
         # a random input of unit entries then has logits of standard deviation about 1
-        return found / found.norm(dim=1).mean().clamp_min(1e-12)
+        size = float(found.norm(dim=1).mean())
+        return found / size if size > 0 else found
     if kind == "random" and options.router == "top-k":
         generator = torch.Generator().manual_seed(options.seed * STRIDE + position + 1)
-        return torch.randn(options.routed, block.dim, generator=generator) / block.dim**0.5
+        return torch.randn(options.routed, block.dim, generator=generator) / math.sqrt(block.dim)
     return None
 
 
@@ -274,13 +276,18 @@ def gate_of(
 
 @torch.no_grad()
 def scaled(
-    block: Block, found: fitting.Sample, made: Split, gate: Tensor | None, options: Conversion
+    dense: Skeleton,
+    block: Block,
+    found: fitting.Sample,
+    made: Split,
+    gate: Tensor | None,
+    options: Conversion,
 ) -> Decision:
     """The scale and the biases that the options name, for this gate."""
     if options.method == "copy":
         return Decision(split=made, scale=1.0, gate=gate)
     x = found.x
-    weights = _weigh(block, options, gate)(x, gate if gate is not None else x)
+    weights = _weigh(dense, block, options, gate)(x, gate if gate is not None else x)
     scale = plain_scale(options.resolved_scale(True), options)
     start = scale if scale is not None else fitting.calibrated(found, weights)
     bias: Tensor | None = None
@@ -296,17 +303,22 @@ def scaled(
     return Decision(split=made, scale=start, gate=gate, bias=bias)
 
 
-def _weigh(block: Block, options: Conversion, gate: Tensor | None) -> fitting.Weigh:
+def _weigh(
+    dense: Skeleton, block: Block, options: Conversion, gate: Tensor | None
+) -> fitting.Weigh:
     """How the router weighs: softmax top-k, or whatever the named router does in evaluation."""
     if options.router == "top-k" and not options.router_options and gate is not None:
         return fitting.softmax_top_k(options.chosen)
-    router: Router = method_of(options).router(block.dim, options.seed).eval()
+    router: Router = (
+        method_of(options).router(block.dim, router_seed(dense, block.path, options)).eval()
+    )
     if gate is not None:
         router.similarity.copy_(gate)
 
     def weigh(x: Tensor, _gate: Tensor) -> Tensor:
         routing = router(x)
-        return routing.shares * routing.chosen
+        weights: Tensor = routing.shares * routing.chosen
+        return weights
 
     return weigh
 

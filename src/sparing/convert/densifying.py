@@ -131,7 +131,8 @@ def _note(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _form(name: str) -> Form:
-    return next(form() for form in (*EXPORTS, Native) if form.name == name)
+    forms: tuple[type[Form], ...] = (*EXPORTS, Native)
+    return next(form() for form in forms if form.name == name)
 
 
 def _copied(source: Source, name: str, shape: tuple[int, ...]) -> Entry:

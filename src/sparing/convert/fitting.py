@@ -180,7 +180,8 @@ def fitted_biases(found: Sample, weights: Tensor, scale: float) -> Tensor:
     rest = found.target - scale * torch.einsum("te,etd->td", weights, found.outputs)
     w = weights.double()
     normal = w.t() @ w + 1e-6 * len(w) * torch.eye(w.shape[1], dtype=torch.float64)
-    return torch.linalg.solve(normal, w.t() @ rest.double()).float()
+    found_biases: Tensor = torch.linalg.solve(normal, w.t() @ rest.double())
+    return found_biases.float()
 
 
 def _named(logits: Tensor, matters: Tensor) -> Tensor:
@@ -193,5 +194,5 @@ def _descend(parameters: list[Tensor], loss: Callable[[], Tensor], steps: int, r
         for group in optimizer.param_groups:
             group["lr"] = rate * (1 - step / steps)
         optimizer.zero_grad()
-        loss().backward()
+        loss().backward()  # type: ignore[no-untyped-call]
         optimizer.step()

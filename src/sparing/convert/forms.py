@@ -207,7 +207,7 @@ class Exported(Form, abc.ABC):
     def stored(self, source: Source, path: str, part: str) -> Tensor:
         shapes = source.shapes()
         prefix = f"{layer_of(path)}.{self.block}.experts"
-        found = []
+        found: list[Tensor] = []
         while (name := f"{prefix}.{len(found)}.{self.experts[part]}.weight") in shapes:
             found.append(source.read(name))
         return torch.stack(found)

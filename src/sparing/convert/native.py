@@ -172,7 +172,8 @@ class _Maker:
             if inner == "router.similarity" and self.decision.gate is not None:
                 return self.decision.gate.to(dtype)
             if inner.startswith("router."):
-                return self.router().state_dict()[inner.removeprefix("router.")]
+                own: Tensor = self.router().state_dict()[inner.removeprefix("router.")]
+                return own
             return torch.zeros(shape, dtype=dtype)
 
         return Entry(name=f"{self.block.path}.{inner}", dtype=dtype, shape=shape, make=make)

@@ -108,13 +108,18 @@ class Conversion:
         if isinstance(self.scale, str):
             _known("scale", self.scale, SCALES)
         elif self.scale is not None:
-            require_number("scale", self.scale, 0.0)
+            require_number("scale", self.scale, 1e-6)
         if self.gate is not None:
             _known("gate", self.gate, GATES)
         _known("compensate", self.compensate, COMPENSATIONS)
         _known("clusters", self.clusters, CLUSTERS)
         _known("form", self.form, FORMS)
         self._check_copy()
+        if self.scale == "learned" and (self.router != "top-k" or self.router_options):
+            raise RequestError(
+                'scale="learned" follows softmax top-k routing; with another router take '
+                '"calibrated"'
+            )
         if self.form == "export":
             if self.router != "top-k" or self.router_options:
                 raise RequestError(

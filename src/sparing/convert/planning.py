@@ -116,7 +116,7 @@ def stand_ins(skeleton: Skeleton, chosen: list[Block], options: Conversion) -> d
             groups = [torch.arange(block.width)] * options.experts
             always = groups[0][:0]
         else:
-            parts = torch.arange(block.width).split(sizes(block.width, options.experts))
+            parts = torch.split(torch.arange(block.width), sizes(block.width, options.experts))
             groups = list(parts[options.always :])
             always = torch.cat([*parts[: options.always], parts[0][:0]])
             if options.method == "sharing-inner":

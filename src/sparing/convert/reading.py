@@ -14,7 +14,7 @@ from sparing.core.errors import RequestError
 
 Batch = Mapping[str, Tensor]
 Batches = Iterable[Batch]
-ROWS = 8
+ROWS = 4
 
 
 def texts_of(files: Sequence[str | Path]) -> list[str]:
@@ -64,7 +64,7 @@ def packed(texts: Iterable[str], tokenizer: Any, sequences: int, length: int) ->
 
 def in_batches(ids: Tensor) -> list[Batch]:
     """Token sequences (N, S) as batches of ``ROWS`` with labels."""
-    return [{"input_ids": part, "labels": part} for part in ids.split(ROWS)]
+    return [{"input_ids": part, "labels": part} for part in torch.split(ids, ROWS)]
 
 
 @torch.no_grad()

@@ -75,7 +75,7 @@ def sizes(units: int, experts: int) -> list[int]:
 
 def deal(order: Tensor, experts: int, residual: int = 0) -> tuple[list[Tensor], Tensor]:
     """Cut units in this order into the routed experts' groups and the residual experts' units."""
-    parts = list(order.split(sizes(len(order), experts)))
+    parts = list(torch.split(order, sizes(len(order), experts)))
     routed = parts[residual:]
     always = torch.cat(parts[:residual]) if residual else order[:0]
     return routed, always

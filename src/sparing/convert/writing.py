@@ -84,4 +84,5 @@ def _bytes(entry: Entry) -> memoryview:
         )
     if not tensor.numel():
         return memoryview(b"")
-    return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    flat: Any = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+    return memoryview(flat)

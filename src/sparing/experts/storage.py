@@ -118,7 +118,9 @@ def described(family: Mapping[str, Any] | None) -> tuple[Family, ...]:
     """The families to know, one that was described by hand before the others."""
     if family is None:
         return FAMILIES
-    kept = {key: tuple(v) if isinstance(v, list) else v for key, v in family.items()}
+    kept: dict[str, Any] = {
+        key: tuple(v) if isinstance(v, list) else v for key, v in family.items()
+    }
     return (Family(**kept), *FAMILIES)
 
 
