@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from sparing.cli import catalogue, compare, runs
+from sparing.cli import catalogue, compare, convert, runs
 from sparing.cli.common import app
 
-__all__ = ["app", "catalogue", "compare", "main", "runs"]
+__all__ = ["app", "catalogue", "compare", "convert", "main", "runs"]
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ which no list names still works if it is built of blocks that one does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, final
 
@@ -229,21 +229,28 @@ class Block:
                     vars(parent)["chunk_size_feed_forward"] = 0
 
 
-def feed_forwards(model: nn.Module) -> list[Block]:
-    """The feed-forward blocks of ``model`` that are recognised, in the order of its modules."""
+def feed_forwards(model: nn.Module, families: Sequence[Family] = FAMILIES) -> list[Block]:
+    """The feed-forward blocks of ``model`` that are recognised, in the order of its modules.
+
+    families: the kinds of block to know; one described by hand goes before ``FAMILIES``.
+    """
     places: dict[int, list[tuple[nn.Module, str]]] = {}
     for parent in model.modules():
         for name, child in parent.named_children():
             places.setdefault(id(child), []).append((parent, name))
-    return list(_blocks(model, places))
+    return list(_blocks(model, places, families))
 
 
-def _blocks(model: nn.Module, places: dict[int, list[tuple[nn.Module, str]]]) -> Iterator[Block]:
+def _blocks(
+    model: nn.Module,
+    places: dict[int, list[tuple[nn.Module, str]]],
+    families: Sequence[Family],
+) -> Iterator[Block]:
     for path, module in model.named_modules():
         here = tuple(places.get(id(module), ()))
         if not here:
             continue
-        for family in FAMILIES:
+        for family in families:
             if _matches(module, family):
                 yield _block(path, module, family, here)
                 break

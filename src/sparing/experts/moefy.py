@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from sparing.core.errors import RequestError
 from sparing.experts.always import AlwaysOn
 from sparing.experts.experts import Experts
-from sparing.experts.families import Block, feed_forwards, known_families
+from sparing.experts.families import FAMILIES, Block, Family, feed_forwards, known_families
 from sparing.experts.layer import ExpertLayer, expert_layers
 from sparing.experts.masks import attend_
 from sparing.experts.where import Where, select
@@ -82,19 +83,22 @@ def place_(
     experts: Literal["fresh", "copy", "empty"],
     noise: float = 0.0,
     seed: int = 0,
+    bias: bool = False,
+    families: Sequence[Family] = FAMILIES,
 ) -> M:
     """The surgery alone, on blocks known to be fit; sizes: the experts' width by block name.
 
     ``empty`` experts hold whatever the memory held: for weights that are loaded afterwards.
+    ``bias`` gives experts biases where the block has none. families: the kinds of block to know.
     """
-    blocks = {block.path: block for block in feed_forwards(model)}
+    blocks = {block.path: block for block in feed_forwards(model, families)}
     for position, path in enumerate(_standing(model, blocks)):
         if path not in sizes:
             continue
         block, own = blocks[path], seed * STRIDE + position
         generator = torch.Generator().manual_seed(own)
         weight, options = block.weight, method.options
-        nets = _nets(model, block, sizes[path], method.slots)
+        nets = _nets(model, block, sizes[path], method.slots, bias)
         if not weight.is_meta:
             if experts == "fresh":
                 nets.init_(generator=generator)
@@ -118,11 +122,14 @@ def place_(
                 always.to(torch.float64)
         block.replace_(layer.train(block.body.training))
     attend_(model, expert_layers(model))
-    _note_(model, method, sizes, seed)
+    more: dict[str, Any] = {"bias": True} if bias else {}
+    if families[0] is not FAMILIES[0]:
+        more["family"] = asdict(families[0])
+    _note_(model, method, sizes, seed, more)
     return model
 
 
-def _nets(model: nn.Module, block: Block, width: int, slots: int) -> Experts:
+def _nets(model: nn.Module, block: Block, width: int, slots: int, bias: bool = False) -> Experts:
     """Experts of the block's kind, with its dtype, on the CPU; their weights are not filled yet."""
     std = getattr(getattr(model, "config", None), "initializer_range", None)
     activation = block.activation
@@ -132,7 +139,7 @@ def _nets(model: nn.Module, block: Block, width: int, slots: int) -> Experts:
             width,
             slots,
             gated=block.kind == "gated",
-            bias=bool({"up_bias", "down_bias"} & block.read().keys()),
+            bias=bias or bool({"up_bias", "down_bias"} & block.read().keys()),
             activation=activation,
             init_std=std if isinstance(std, float) and std > 0 else None,
         )
@@ -271,9 +278,16 @@ def _copy_(
             parameter.add_((noise * spread * random).to(parameter))
 
 
-def _note_(model: nn.Module, method: RoutedExperts, sizes: Mapping[str, int], seed: int) -> None:
+def _note_(
+    model: nn.Module,
+    method: RoutedExperts,
+    sizes: Mapping[str, int],
+    seed: int,
+    more: Mapping[str, Any],
+) -> None:
     """Keep on the model, as plain data, what is needed to do the same surgery again."""
     options: dict[str, Any] = {**method.to_dict(), "where": list(sizes)}
     note = {"method": method.name, "options": options, "seed": seed, "blocks": dict(sizes)}
+    note |= more
     before: list[Any] = vars(model).get("sparing", {"surgeries": []})["surgeries"]
     vars(model)["sparing"] = {"surgeries": [*before, note]}

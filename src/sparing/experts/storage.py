@@ -22,12 +22,14 @@ from torch import Tensor, nn
 from sparing.core import registry
 from sparing.core.errors import RequestError, RunError
 from sparing.core.state import complete, replacing
+from sparing.experts.families import FAMILIES, Family
 from sparing.experts.layer import expert_layers
 from sparing.experts.method import RoutedExperts
 from sparing.experts.moefy import place_
 
-FORMAT = 2
-"""Format 1 named a class of transformers always; without one, the base has to be given."""
+FORMAT = 3
+"""Format 1 named a class of transformers always; without one (2), the base has to be given. A
+surgery may name biases and a kind of block described by hand (3), which conversion makes."""
 NOTE = "sparing.json"
 WEIGHTS = "model.safetensors"
 CONFIGS = ("config.json", "generation_config.json")
@@ -92,7 +94,15 @@ def load(path: str | Path, base: Callable[[], nn.Module] | None = None) -> nn.Mo
             method = registry.method(surgery["method"]).from_dict(surgery["options"])
             if not isinstance(method, RoutedExperts):
                 raise _damaged(path, f'"{surgery["method"]}" routes to no experts')
-            place_(model, method, surgery["blocks"], experts="empty", seed=surgery["seed"])
+            place_(
+                model,
+                method,
+                surgery["blocks"],
+                experts="empty",
+                seed=surgery["seed"],
+                bias=surgery.get("bias", False),
+                families=described(surgery.get("family")),
+            )
     except (KeyError, TypeError, AttributeError, OSError, SafetensorError) as error:
         raise _damaged(path, f"{type(error).__name__}: {error}") from error
     _fill_(model, tensors, path)
@@ -102,6 +112,16 @@ def load(path: str | Path, base: Callable[[], nn.Module] | None = None) -> nn.Mo
         model.generation_config = GenerationConfig.from_pretrained(path)
     loaded: nn.Module = model.eval()
     return loaded
+
+
+def described(family: Mapping[str, Any] | None) -> tuple[Family, ...]:
+    """The families to know, one that was described by hand before the others."""
+    if family is None:
+        return FAMILIES
+    kept: dict[str, Any] = {
+        key: tuple(v) if isinstance(v, list) else v for key, v in family.items()
+    }
+    return (Family(**kept), *FAMILIES)
 
 
 def _empty(path: Path, note: Mapping[str, Any], base: Callable[[], nn.Module] | None) -> Any:
@@ -143,12 +163,19 @@ def _describe(model: nn.Module) -> dict[str, Any]:
     for surgery in surgeries:
         registry.method_record(surgery["method"])
     return {
-        "format": FORMAT if not known else 1,  # which earlier versions read
+        "format": _format(known, surgeries),
         "class": name if known else None,
         "transformers": transformers.__version__,
         "attention": model.config._attn_implementation if known else None,  # type: ignore[union-attr]
         "surgeries": surgeries,
     }
+
+
+def _format(known: bool, surgeries: list[dict[str, Any]]) -> int:
+    """The oldest that holds this, so that earlier versions read what they can."""
+    if any("bias" in surgery or "family" in surgery for surgery in surgeries):
+        return FORMAT
+    return 1 if known else 2
 
 
 def _tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:

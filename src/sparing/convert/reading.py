@@ -1,0 +1,99 @@
+"""The batches that calibration looks at: texts of the user's, or of the model's own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparing.core.errors import RequestError
+
+Batch = Mapping[str, Tensor]
+Batches = Iterable[Batch]
+ROWS = 4
+
+
+def texts_of(files: Sequence[str | Path]) -> list[str]:
+    """The texts of files: of JSON lines each line's "text", of others the whole file.
+
+    Raises RequestError for a file that cannot be read, is empty, or has a malformed line.
+    """
+    found: list[str] = []
+    for file in map(Path, files):
+        try:
+            body = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise RequestError(f"{file} cannot be read as UTF-8 text ({error})") from error
+        if not body.strip():
+            raise RequestError(f"{file} is empty; give texts to calibrate on")
+        if file.suffix not in (".jsonl", ".ndjson"):
+            found.append(body)
+            continue
+        for number, line in enumerate(body.splitlines(), 1):
+            if not line.strip():
+                continue
+            try:
+                found.append(str(json.loads(line)["text"]))
+            except (ValueError, KeyError, TypeError) as error:
+                raise RequestError(
+                    f'{file}, line {number}: expected a JSON object with "text" ({error!r})'
+                ) from error
+    return found
+
+
+def packed(texts: Iterable[str], tokenizer: Any, sequences: int, length: int) -> list[Batch]:
+    """Texts as batches of token sequences of one length, with labels; at most ``sequences``.
+
+    Raises RequestError if they are shorter than one sequence of 2 tokens.
+    """
+    tokens: list[int] = []
+    for text in texts:
+        tokens += tokenizer(text)["input_ids"]
+        if len(tokens) >= sequences * length:
+            break
+    length = min(length, len(tokens))
+    if length < 2:
+        raise RequestError("the texts have no two tokens; give more")
+    count = min(sequences, len(tokens) // length)
+    return in_batches(torch.tensor(tokens[: count * length]).view(count, length))
+
+
+def in_batches(ids: Tensor) -> list[Batch]:
+    """Token sequences (N, S) as batches of ``ROWS`` with labels."""
+    return [{"input_ids": part, "labels": part} for part in torch.split(ids, ROWS)]
+
+
+@torch.no_grad()
+def written(model: Any, sequences: int, length: int, seed: int) -> list[Batch]:
+    """What a causal model writes itself, from its first token, by its own probabilities.
+
+    Raises RequestError for a model that writes nothing, or has no first token.
+    """
+    config = model.config
+    if not hasattr(model, "generate") or not model.can_generate():
+        raise RequestError(
+            f"a {type(model).__name__} writes no text to calibrate on; give texts (--text FILE) or "
+            f"batches, or take a method, gate and scale that need none"
+        )
+    first = next(
+        (t for t in (config.bos_token_id, config.eos_token_id) if isinstance(t, int)), None
+    )
+    if first is None:
+        raise RequestError(
+            "the model names no first token; give texts to calibrate on: --text FILE"
+        )
+    length = min(length, getattr(config, "max_position_embeddings", length) or length)
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.full((sequences, 1), first)
+    past, last = None, rows
+    for _ in range(length - 1):
+        out = model(input_ids=last, past_key_values=past, use_cache=True)
+        past = out.past_key_values
+        chances = out.logits[:, -1].float().softmax(-1)
+        last = torch.multinomial(chances, 1, generator=generator)
+        rows = torch.cat([rows, last], 1)
+    return in_batches(rows)
