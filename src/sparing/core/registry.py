@@ -182,6 +182,13 @@ METHODS: Final[tuple[Record, ...]] = (
         card="coreset",
     ),
     Record(
+        name="mix",
+        target="sparing.samples.mix:Mix",
+        summary="Draws from weighted sources; weights may follow losses or the load of experts.",
+        paper="arXiv 2406.11256",
+        card="mix",
+    ),
+    Record(
         name="sparse-adapter",
         target="sparing.weights.adapters:SparseAdapter",
         summary="Trains the entries of an adapter that a score keeps before training; base frozen.",

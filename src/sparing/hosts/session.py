@@ -62,7 +62,8 @@ class Session(Bound):
             of the steps, or (epoch + share of its plan) / epochs where methods leave samples out.
         clip: largest global gradient norm, after the methods' ``grads`` seam.
         order: ``order(epoch, generator) -> (n,)`` where no method plans; default a permutation.
-        domain_of, domains: the domain of samples by index, and the domains' names.
+        domain_of, domains: the domain of samples by index, and the domains' names; default those
+            of ``data``, where it has both.
         precision: "fp32" or "bf16" (autocast; weights and optimizer stay in fp32).
 
     Raises RequestError for what cannot work, before anything is trained.
@@ -105,6 +106,8 @@ class Session(Bound):
         self.methods = arrange(methods)
         self.data, self.batch_size, self.accumulate = data, batch_size, accumulate
         self.seed, self.precision, self.clip = seed, precision, clip
+        if domain_of is None:
+            domain_of, domains = loading.domains_of(data)
         self.domains = domains
         self.ledger = Ledger()
         self._losses, self._order, self._domain_of = losses, order, domain_of
@@ -134,6 +137,9 @@ class Session(Bound):
             device=str(accelerator.device),
             world_size=accelerator.num_processes,
             batches=None if losses is None else self._shuffled,
+            read=self._read,
+            domain_of=domain_of,
+            domains=self.domains,
             loss=None if losses is None else lambda model, batch: losses(model, batch)[0].mean(),
         )
         for method in self.methods:
@@ -390,6 +396,7 @@ class Session(Bound):
         for method in self.methods:
             method.step(self.clock, optimizer)
             method.account(self.ledger)
+        self.epochs.replan()
 
     def _probe(self) -> Tensor:
         """Mean loss over a few rows of the latest batches, the same number on every rank."""
@@ -406,6 +413,10 @@ class Session(Bound):
 
     def _shuffled(self) -> Iterator[Any]:
         return self.epochs.shuffled(self.data, by=self.seed, collate=self._collate, seed=self.seed)
+
+    def _read(self, index: Tensor) -> Any:
+        batch = loading.read(self.data, index, self._collate)
+        return loading.to_device(batch, self.accelerator.device)
 
     def _dry_run(self, model: nn.Module) -> None:
         def first(methods: list[Method]) -> tuple[Any, Context]:
