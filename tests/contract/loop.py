@@ -100,7 +100,7 @@ CASES: dict[str, list[dict[str, Any]]] = {
         },
         {"rule": "random", "every": None},
         {"rule": "random", "every": 2, "weights": [3, 1]},
-    ],  # fmt: skip
+    ],
     "coreset": [{}, {"ratio": 0.3, "hard": False}],
     "sparse-adapter": [
         {},

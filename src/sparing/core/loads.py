@@ -14,6 +14,11 @@ import torch
 from torch import Tensor, nn
 
 
+def tells_loads(model: nn.Module) -> bool:
+    """Whether any module of the model does."""
+    return any(getattr(module, "tells_loads", False) for module in model.modules())
+
+
 @contextmanager
 def watched(model: nn.Module) -> Iterator[list[Tensor]]:
     """A context that adds up the loads of all that passes: one (E,) int64 for each such module.

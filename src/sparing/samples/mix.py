@@ -27,6 +27,7 @@ from sparing.core.checks import require_whole
 from sparing.core.clock import Clock
 from sparing.core.errors import RequestError, nearest
 from sparing.core.ledger import Ledger
+from sparing.core.loads import tells_loads
 from sparing.core.method import Context, Method, Plan, Setup, Signal
 from sparing.core.select import rounded
 from sparing.samples import draw
@@ -85,7 +86,7 @@ class Mix(Method, Sampler[int]):
         self._plan: Ids | None = None
         self._dealt = self._reported = self._start = 0
         self._due = self._exhausted = False
-        self._seen = 0
+        self._seen = self._paid = 0
         self._history: dict[str, list[Any]] = {}
         self._own_sources = sources is not None
         if sources is not None:
@@ -215,7 +216,8 @@ class Mix(Method, Sampler[int]):
         setup = self._setup
         told = setup is not None and setup.domain_of is not None and not self._own_sources
         if size is not None and told:
-            assert setup is not None and setup.domain_of is not None
+            assert setup is not None
+            assert setup.domain_of is not None
             self._tell(setup.domain_of(torch.arange(size)), setup.domains)
         _ = self.members  # sources that nobody knows are an error before the first step
         if size is not None and size != self.members.source_of.size:
@@ -231,12 +233,12 @@ class Mix(Method, Sampler[int]):
                 f'rule "{self.options.rule}" looks at losses or gate loads of samples between '
                 "steps, and this loop told no loss: give the session losses=..., or measure=..."
             )
-        if self.options.rule == "gate-load" and self.measure is None and model is not None:
-            if not any(getattr(module, "tells_loads", False) for module in model.modules()):
-                raise RequestError(
-                    'rule "gate-load" needs a model with experts; attach a method that makes them '
-                    "before this one, such as top-k, or give measure=..."
-                )
+        loads = self.options.rule == "gate-load" and self.measure is None and model is not None
+        if loads and model is not None and not tells_loads(model):
+            raise RequestError(
+                'rule "gate-load" needs a model with experts; attach a method that makes them, '
+                "such as top-k, or give measure=..."
+            )
 
     # ---- plans -------------------------------------------------------------------------------
 
@@ -371,8 +373,10 @@ class Mix(Method, Sampler[int]):
         if options.rule != "gate-load" and options.losses == "training":
             return self.losses.latest, []
         setup = self._setup
-        assert self._model is not None and setup is not None
-        assert setup.loss is not None and setup.read is not None
+        assert self._model is not None
+        assert setup is not None
+        assert setup.loss is not None
+        assert setup.read is not None
         losses, loads = look(
             self._model,
             self.members,
@@ -448,8 +452,9 @@ class Mix(Method, Sampler[int]):
     def account(self, ledger: Ledger) -> None:
         """Enter what looking cost: forward passes, each a third of what a training sample takes."""
         seen, self._seen = self._seen // ranks.world_size(), 0
-        trained, spent = ledger.spent("samples"), ledger.spent("flops")
+        trained, spent = ledger.spent("samples"), ledger.spent("flops") - self._paid
         cost = seen * spent // (3 * trained) if trained else 0
+        self._paid += cost
         ledger.add("flops", spent=cost, dense=0)
 
     def signals(self) -> dict[str, Signal]:
@@ -514,6 +519,7 @@ class Mix(Method, Sampler[int]):
             "done": min(self.length, self._start + self._reported * self._world),
             "due": self._due,
             "seen": self._seen,
+            "paid": self._paid,
             "history": {key: list(values) for key, values in self._history.items()},
         }
 
@@ -541,6 +547,7 @@ class Mix(Method, Sampler[int]):
         self._plan = None if plan is None else plan.numpy().astype(np.int64)
         self._epoch, self._ticks, self._steps = state["epoch"], state["ticks"], state["steps"]
         self._dealt, self._due, self._seen = state["dealt"], state["due"], state["seen"]
+        self._paid = state["paid"]
         self._start, self._reported = state["done"], 0
         self._exhausted = self._plan is not None and self._start >= self.length
         self._history = {key: list(values) for key, values in state["history"].items()}

@@ -34,7 +34,8 @@ def lines(path: str | Path) -> list[Any]:
     number = 0
     try:
         with _OPENERS.get(path.suffix, open)(path, "rt", encoding="utf-8") as rows:
-            for number, row in enumerate(rows, start=1):
+            for row in rows:
+                number += 1
                 text = row.rstrip("\r\n")
                 if text.strip():
                     found.append(json.loads(text) if parse else text)

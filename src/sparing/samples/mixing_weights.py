@@ -85,11 +85,13 @@ def differences(loads: Tensor, *, distance: str = "l2", criterion: str = "mean")
         apart.fill_diagonal_(0)
     count = apart.shape[0]
     if criterion == "mean":
-        return apart.sum(1) / count
+        mean: Tensor = apart.sum(1) / count
+        return mean
     if count == 1:
         return torch.zeros(1, dtype=torch.float64)
     others = apart[~torch.eye(count, dtype=torch.bool)].view(count, count - 1)
-    return others.amin(1) if criterion == "min" else others.amax(1)
+    found: Tensor = others.amin(1) if criterion == "min" else others.amax(1)
+    return found
 
 
 def raised(weights: Tensor, signal: Tensor, eta: float, floor: float) -> Tensor:
