@@ -236,6 +236,12 @@ TASKS: Final[tuple[Record, ...]] = (
         summary="Click prediction on a log of retail promotions, a sample of it, or your files.",
         extras=("clicks",),
     ),
+    Record(
+        name="instruct",
+        target="sparing.tasks.instruct:Instruct",
+        summary="Instructions from many sources: small tasks of shipped texts, T0, or your files.",
+        extras=("hf",),
+    ),
 )
 
 OPTIMIZERS: Final[tuple[Record, ...]] = (

@@ -16,6 +16,7 @@ from sparing.core.clock import Clock
 from sparing.core.errors import RequestError
 from sparing.core.ledger import Ledger
 from sparing.core.method import Context, Method
+from sparing.core.padding import real_tokens
 from sparing.hosts import loading
 from sparing.hosts.epochs import Epochs
 
@@ -77,9 +78,9 @@ class Host(Bound, abc.ABC):
         if self._domain_of is not None and context.index.shape[1] == 1:
             context.domain = self._domain_of(context.index[:, 0])
             context.extra["domains"] = self._domains
-        mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-        if isinstance(mask, Tensor) and mask.ndim == 2:
-            context.mask = mask.bool()
+        mask = real_tokens(batch.get("attention_mask") if isinstance(batch, Mapping) else None)
+        if mask is not None:
+            context.mask = mask
         for method in methods:
             batch = method.batch(batch, context)
         return batch

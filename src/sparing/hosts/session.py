@@ -30,6 +30,7 @@ from sparing.core.clock import Clock
 from sparing.core.errors import DivergedError, RequestError
 from sparing.core.ledger import Ledger
 from sparing.core.method import Context, Method, Plan, Setup, arrange, combine, implements
+from sparing.core.padding import real_tokens
 from sparing.core.random_state import random_state, set_random_state_
 from sparing.core.sparse_gradients import check_optimizer
 from sparing.hosts import loading
@@ -344,9 +345,9 @@ class Session(Bound):
 
     def _prepared(self, methods: list[Method], batch: Any, context: Context) -> Any:
         batch = loading.to_device(batch, self.accelerator.device)
-        mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-        if isinstance(mask, Tensor) and mask.ndim == 2:
-            context.mask = mask.bool()
+        mask = real_tokens(batch.get("attention_mask") if isinstance(batch, Mapping) else None)
+        if mask is not None:
+            context.mask = mask
         if self._domain_of is not None and context.index.shape[1] == 1:
             context.domain = self._domain_of(context.index[:, 0])
             context.extra["domains"] = self.domains
