@@ -5,8 +5,8 @@
         --out runs/instruct_t0
 
 The same as ``sparing compare instruct-mix``; the arms are in the recipe. The preset t0 takes T0's
-templates in eight sources from $SPARING_DATA. A run that is finished in --out is kept, one that is not
-is resumed; --finished runs nothing and records what is there.
+templates in eight sources from $SPARING_DATA. A finished run in --out is kept, an unfinished one is
+resumed; --finished runs nothing and records what is there.
 """
 
 from __future__ import annotations

@@ -172,7 +172,7 @@ class Instruct:
         device = torch.device("cpu") if first is None else first.device
         parts = []
         with evaluating(model):
-            for index in torch.arange(len(held)).split(self.options.eval_batch):
+            for index in torch.split(torch.arange(len(held)), self.options.eval_batch):
                 batch = {key: part.to(device) for key, part in held.batch(index).items()}
                 parts.append(self.losses(model, batch)[0].double().cpu())
         each = torch.cat(parts)
