@@ -46,6 +46,8 @@ if TYPE_CHECKING:
     from sparing.samples.gains import TwoPhase as TwoPhase
     from sparing.samples.indexed import indexed as indexed
     from sparing.samples.infobatch import InfoBatch as InfoBatch
+    from sparing.samples.mix import Mix as Mix
+    from sparing.samples.mixing_sources import Sources as Sources
     from sparing.samples.quantiles import Quantiles as Quantiles
     from sparing.samples.random import RandomSamples as RandomSamples
     from sparing.samples.schedule import follow as follow
@@ -82,6 +84,7 @@ _HOMES = {
     "Ledger": "core.ledger",
     "LightningMethods": "hosts.lightning",
     "Method": "core.method",
+    "Mix": "samples.mix",
     "NoisyTopK": "experts.noisy_top_k",
     "Peft": "weights.peers",
     "Plan": "core.method",
@@ -95,6 +98,7 @@ _HOMES = {
     "Session": "hosts.session",
     "Setup": "core.method",
     "SigmoidTopK": "experts.sigmoid",
+    "Sources": "samples.mixing_sources",
     "SparingError": "core.errors",
     "SparseAdapter": "weights.adapters",
     "Switch": "experts.switch",
@@ -142,6 +146,7 @@ __all__ = [
     "Ledger",
     "LightningMethods",
     "Method",
+    "Mix",
     "NoisyTopK",
     "Peft",
     "Plan",
@@ -155,6 +160,7 @@ __all__ = [
     "Session",
     "Setup",
     "SigmoidTopK",
+    "Sources",
     "SparingError",
     "SparseAdapter",
     "Switch",

@@ -86,6 +86,21 @@ CASES: dict[str, list[dict[str, Any]]] = {
     "random-samples": [{}, {"lengths": [30, 13]}, {"ratio": 0.5, "delta": 0.5}],
     "gain-proportional": [{}, {"strength": 0.5, "share": 0.6, "rescale": True}],
     "two-phase": [{}, {"strength": 2.0, "rescale": True}],
+    "mix": [
+        {},
+        {"rule": "none"},
+        {"rule": "temperature", "temperature": 3.0, "share": 0.6},
+        {"rule": "sheared", "form": "released", "reference": [1.0, 3.0], "every": 3},
+        {
+            "rule": "reference-loss",
+            "reference": {"odd": 2.0, "even": 3.0},
+            "every": 2,
+            "losses": "probe",
+            "probe_samples": 5,
+        },
+        {"rule": "random", "every": None},
+        {"rule": "random", "every": 2, "weights": [3, 1]},
+    ],
     "coreset": [{}, {"ratio": 0.3, "hard": False}],
     "sparse-adapter": [
         {},
@@ -165,6 +180,9 @@ class Loop:
             world_size=ranks.world_size(),
             batches=lambda: self.data.split(BATCH),
             loss=lambda model, ids: losses_of(model, ids).mean(),
+            read=lambda index: self.data[index],
+            domain_of=lambda index: self.domain[index],
+            domains=("even", "odd"),
         )
         groups: list[dict[str, Any]] = []
         for part in self.methods:
@@ -208,10 +226,14 @@ class Loop:
             if self.place >= len(self.order):
                 plans = [plan for part in self.methods if (plan := part.order(self.clock))]
                 self.order, self.place = plans[0].index if plans else torch.arange(SAMPLES), 0
+                self.clock.dealt = 0
             self._step(self.order[self.place : self.place + BATCH])
             if evaluate:
                 self.evaluate()
             self.place += BATCH
+            if self.place < len(self.order) and any(m.replans(self.clock) for m in self.methods):
+                self.clock.dealt = self.place
+                (self.order,) = (p.index for m in self.methods if (p := m.order(self.clock)))
             if self.place >= len(self.order):
                 self.clock.epoch_ended = True
                 for part in self.methods:

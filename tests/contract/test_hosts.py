@@ -45,8 +45,13 @@ def build(name: str, options: dict[str, Any]) -> Method:
 
 
 class Tokens(torch.utils.data.Dataset[Any]):
+    domains = ("even", "odd")
+
     def __init__(self) -> None:
         self.ids = tokens()
+
+    def domain_of(self, index: torch.Tensor) -> torch.Tensor:
+        return index % 2
 
     def __len__(self) -> int:
         return SAMPLES

@@ -15,6 +15,8 @@ class Clock:
     (summed over ranks). ``steps`` and ``epochs`` are the planned totals, ``None`` if unknown;
     where methods plan epochs of different lengths, ``steps`` is a bound. ``place`` of ``length``
     optimizer steps of this epoch's plan are done (``length`` is 0 where the host does not tell).
+    ``dealt``: so many places of this epoch's plan are given to loaders, over all ranks, when
+    ``order`` is asked again in mid-epoch: a new plan must begin with them as they were.
     """
 
     step: int = 0
@@ -25,6 +27,7 @@ class Clock:
     epochs: int | None = None
     place: int = 0
     length: int = 0
+    dealt: int = 0
     epoch_ended: bool = False
     """True only in the ``step`` seam's call at the end of an epoch."""
 

@@ -13,6 +13,8 @@ The loop, with the seams in the order in which a host calls them::
         method.grads(named_parameters, context)     # before any global clipping
         (optimizer step)
         method.step(clock, optimizer)               # and once more at the end of the epoch
+        if method.replans(clock):                   # a tick: what is not yet dealt is planned anew
+            plan = method.order(clock)
 """
 
 from __future__ import annotations
@@ -102,6 +104,8 @@ class Setup:
     ``batches()`` iterates over batches of the training data in a fixed order, without advancing
     any generator, and ``loss(model, batch)`` is their mean loss, a scalar: for methods that must
     look at the loss before there is an optimizer. None where the host knows no data or no loss.
+    ``read(index)`` gives the training samples ``index``, (B,) int64, as one batch, on the device;
+    ``domain_of(index)`` tells their positions in ``domains``, None where none are known.
     """
 
     seed: int = 0
@@ -110,6 +114,9 @@ class Setup:
     device: str = "cpu"
     world_size: int = 1
     batches: Callable[[], Iterable[Batch]] | None = None
+    read: Callable[[Tensor], Batch] | None = None
+    domain_of: Callable[[Tensor], Tensor] | None = None
+    domains: tuple[str, ...] = ()
     loss: Callable[[nn.Module, Batch], Tensor] | None = None
 
 
@@ -206,6 +213,14 @@ class Method(abc.ABC):
     def order(self, clock: Clock) -> Plan | None:
         """The samples of the epoch that begins; None leaves the choice to others."""
         return None
+
+    def replans(self, clock: Clock) -> bool:
+        """Whether now is a tick: then ``order`` is asked again, after an optimizer step.
+
+        The plan that it gives is as long as the one before and begins with the ``clock.dealt``
+        places that loaders already have. All ranks must answer alike.
+        """
+        return False
 
     def batch(self, batch: Batch, context: Context) -> Batch:
         """Change a micro-batch before forward."""

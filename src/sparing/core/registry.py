@@ -182,6 +182,13 @@ METHODS: Final[tuple[Record, ...]] = (
         card="coreset",
     ),
     Record(
+        name="mix",
+        target="sparing.samples.mix:Mix",
+        summary="Draws from weighted sources; weights may follow losses or the load of experts.",
+        paper="arXiv 2406.11256",
+        card="mix",
+    ),
+    Record(
         name="sparse-adapter",
         target="sparing.weights.adapters:SparseAdapter",
         summary="Trains the entries of an adapter that a score keeps before training; base frozen.",
@@ -228,6 +235,12 @@ TASKS: Final[tuple[Record, ...]] = (
         target="sparing.tasks.clicks:Clicks",
         summary="Click prediction on a log of retail promotions, a sample of it, or your files.",
         extras=("clicks",),
+    ),
+    Record(
+        name="instruct",
+        target="sparing.tasks.instruct:Instruct",
+        summary="Instructions from many sources: small tasks of shipped texts, T0, or your files.",
+        extras=("hf",),
     ),
 )
 

@@ -30,7 +30,8 @@ class ExpertLayer(nn.Module):
     activation checkpointing (use the non-reentrant kind) leave both as they are.
 
     ``mask``: (B, S) bool, set by the host or by the model's forward hook, False for padding: such
-    tokens get no rows, their output is 0, and no statistic sees them. ``domain``: (B,) int64.
+    tokens get no rows, their output is 0, and no statistic sees them. ``domain``: (B,) int64,
+    or (B, S) where rows hold samples of several.
     """
 
     owns_flops = True
@@ -137,7 +138,10 @@ class ExpertLayer(nn.Module):
     def _token_domain(self, hidden: Tensor) -> Tensor | None:
         if self.domain is None or hidden.ndim != 3 or self.domain.shape[0] != hidden.shape[0]:
             return None
-        return self.domain.to(hidden.device).repeat_interleave(hidden.shape[1])
+        domain = self.domain.to(hidden.device)
+        if domain.ndim == 2:
+            return domain.reshape(-1) if domain.shape == hidden.shape[:2] else None
+        return domain.repeat_interleave(hidden.shape[1])
 
     def take_losses(self) -> dict[str, Tensor]:
         """The auxiliary losses by name, summed over the forwards since the last call."""

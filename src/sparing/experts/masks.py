@@ -7,6 +7,7 @@ from typing import Any, final
 
 from torch import Tensor, nn
 
+from sparing.core.padding import real_tokens
 from sparing.experts.layer import ExpertLayer
 
 ELSEWHERE = ("vision", "visual", "image", "audio", "speech")
@@ -18,7 +19,8 @@ class MaskHook:
     """A forward pre-hook that begins a pass of all expert layers with the pass's padding mask.
 
     It takes the argument ``attention_mask`` if that is (B, S); anything not above 0 is padding.
-    Masks of other shapes say which token sees which, not which is real: then all are real.
+    Of a bool mask (B, 1, S, S), as packed sequences have, a token that does not see itself is
+    padding. Masks of other shapes do not say which token is real: then all are.
 
     The mask stays until the next pass, since activation checkpointing repeats a layer in backward:
     with checkpointing and padding, call backward before the next forward. So do ``input_ids``,
@@ -39,9 +41,9 @@ class MaskHook:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Called by ``module`` before its forward."""
-        mask = self._matrix("attention_mask", args, kwargs)
-        mask = None if mask is None else mask > 0
-        ids = self._matrix("input_ids", args, kwargs)
+        mask = real_tokens(self._argument("attention_mask", args, kwargs))
+        ids = self._argument("input_ids", args, kwargs)
+        ids = ids if isinstance(ids, Tensor) and ids.ndim == 2 else None
         for layer in self.text:
             layer.begin(mask)
             layer.router.begin(ids)
@@ -49,13 +51,11 @@ class MaskHook:
             layer.begin(None)
             layer.router.begin(None)
 
-    def _matrix(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-        """The argument of that name if it is (B, S), however it was passed; else None."""
+    def _argument(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The argument of that name, however it was passed; None if it was not."""
         value = kwargs.get(name)
         place = self.position.get(name, len(args))
-        if value is None and place < len(args):
-            value = args[place]
-        return value if isinstance(value, Tensor) and value.ndim == 2 else None
+        return args[place] if value is None and place < len(args) else value
 
 
 def _elsewhere(path: str) -> bool:

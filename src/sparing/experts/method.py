@@ -17,6 +17,7 @@ from sparing.core.clock import Clock
 from sparing.core.errors import RequestError, nearest
 from sparing.core.ledger import Ledger
 from sparing.core.method import Batch, Context, Method, Setup, Signal
+from sparing.core.padding import owners
 from sparing.experts.controller import ExpertController
 from sparing.experts.layer import ExpertLayer, expert_layers
 from sparing.experts.router import Router
@@ -198,8 +199,11 @@ class RoutedExperts(Method, abc.ABC):
 
     def batch(self, batch: Batch, context: Context) -> Batch:
         names = context.extra.get("domains")
+        domain, owner = context.domain, owners(batch)
+        if domain is not None and owner is not None:  # rows hold several samples each
+            domain = domain.to(owner.device)[owner.clamp(min=0)]
         for layer in self.layers:
-            layer.domain = context.domain
+            layer.domain = domain
             layer.domains = len(names) if names else 0
             if layer.domains == 0:
                 layer.domain = None

@@ -21,6 +21,8 @@ class Router(nn.Module, abc.ABC):
     All slots are allocated from the start: switching a slot on or off never makes parameters.
     """
 
+    tells_loads: ClassVar[bool] = True
+    """A routing has ``counts``: see ``core/loads.py``."""
     causal: ClassVar[bool] = True
     """Whether a token's routing in training is independent of the other tokens of the batch."""
     similarity: nn.Parameter

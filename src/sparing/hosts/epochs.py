@@ -76,6 +76,7 @@ class Epochs:
         self._dense = size if dense is None else dense
         self._order = order
         self.plan: Plan | None = None
+        self.ahead = 0  # micro-batches that loaders are given before they are asked for
         self.start = 0  # samples of the plan that were taken under another geometry
         self.done = 0  # micro-batches of each rank since ``start``
 
@@ -116,7 +117,32 @@ class Epochs:
                     "is nothing to train on"
                 )
             self.plan, self.start, self.done = plan, 0, 0
+            self.clock.dealt = 0
         self.tell()
+
+    def replan(self) -> None:
+        """After an optimizer step: at a method's tick, make what is not yet dealt anew.
+
+        Worker processes were given ``ahead`` micro-batches already, workers x prefetch_factor:
+        these stay as they were, on every rank and after a resume, and a new plan shows its effect
+        right after them. Raises RunError for a plan of another length or another beginning, and
+        if the ranks made different ones.
+        """
+        if self.plan is None or not any(method.replans(self.clock) for method in self.methods):
+            return
+        old, whole = self.plan, self.geometry.batch_size * self.geometry.world
+        dealt = min(len(old), self.start + (self.done + self.ahead) * whole)
+        if dealt == len(old):
+            return
+        self.clock.dealt = dealt
+        plan = self.plan_of(self.methods, self.clock)
+        ranks.agree("the plan made anew", plan.index)
+        if len(plan) != len(old) or not plan.index[:dealt].equal(old.index[:dealt]):
+            raise RunError(
+                f"the plan made anew at step {self.clock.step} has {len(plan)} samples for the "
+                f"{len(old)} of before, or does not begin with the {dealt} that loaders have"
+            )
+        self.plan = plan
 
     @property
     def total(self) -> int:
@@ -146,9 +172,17 @@ class Epochs:
         return self.clock.step + left + max(0, later) * dense
 
     def batches(self, data: Any, **loader: Any) -> Iterator[tuple[Any, Context]]:
-        """The micro-batches that are left of the plan, on this rank; see ``loading.batches``."""
-        plan, start = self._current, self.start
-        rest = Plan(plan.index[start:], None if plan.weight is None else plan.weight[start:])
+        """The micro-batches that are left of the plan, on this rank; see ``loading.batches``.
+
+        Each is looked up in the plan when it is its turn, which a tick may have changed.
+        """
+        start = self.start
+        self.ahead = loading.prefetched(data, **loader)
+
+        def rest() -> Plan:
+            plan = self._current
+            return Plan(plan.index[start:], None if plan.weight is None else plan.weight[start:])
+
         source = loading.batches(
             data,
             rest,
@@ -200,7 +234,7 @@ class Epochs:
             method.step(self.clock, optimizer)
         self.clock.epoch_ended = False
         self.clock.epoch += 1
-        self.clock.place = 0
+        self.clock.place = self.clock.dealt = 0
         self.plan, self.start, self.done = None, 0, 0
 
     def state_dict(self) -> dict[str, Any]:

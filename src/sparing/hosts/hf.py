@@ -93,6 +93,7 @@ class Attached(Host):
         self._unscaled = False
 
         self._source = trainer.get_train_dataloader()
+        self._domain_of, self._domains = loading.domains_of(trainer.train_dataset)
         geometry = Geometry(
             batch_size=args.per_device_train_batch_size,
             accumulate=args.gradient_accumulation_steps,
@@ -139,6 +140,9 @@ class Attached(Host):
             device=str(args.device),
             world_size=self._world,
             batches=self._shuffled,
+            read=self._read,
+            domain_of=self._domain_of,
+            domains=self._domains,
             loss=lambda model, batch: self._loss.each(model, batch)[0].mean(),
         )
         model = trainer.model
@@ -168,6 +172,10 @@ class Attached(Host):
         reading = self._reading(workers=0)
         for batch in self.epochs.shuffled(by=self.trainer.args.seed, **reading):
             yield self._mapping(batch)
+
+    def _read(self, index: Tensor) -> Any:
+        batch = loading.read(self._source.dataset, index, self._source.collate_fn)
+        return loading.to_device(self._mapping(batch), self.trainer.args.device)
 
     def _install(self) -> None:
         """Put this object's methods before the trainer's, which stay reachable in ``_plain``."""

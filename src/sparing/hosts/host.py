@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -16,6 +16,7 @@ from sparing.core.clock import Clock
 from sparing.core.errors import RequestError
 from sparing.core.ledger import Ledger
 from sparing.core.method import Context, Method
+from sparing.core.padding import real_tokens
 from sparing.hosts import loading
 from sparing.hosts.epochs import Epochs
 from sparing.hosts.static_flops import StaticFlops
@@ -60,6 +61,8 @@ class Host(Bound, abc.ABC):
         self.methods, self.clock, self.ledger = methods, Clock(), Ledger()
         self._counted = [0, 0]  # samples and tokens of this rank since the last step
         self._static = StaticFlops(methods, required=False)
+        self._domain_of: Callable[[Tensor], Tensor] | None = None
+        self._domains: tuple[str, ...] = ()
         self._recent: deque[Any] = deque(maxlen=PROBE_BATCHES)
 
     @property
@@ -72,10 +75,13 @@ class Host(Bound, abc.ABC):
         """The mean loss of a batch, a scalar, without a trace in training."""
 
     def _prepared(self, methods: list[Method], batch: Any, context: Context) -> Any:
-        """The ``batch`` seam; masks of padding reach methods by the context."""
-        mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-        if isinstance(mask, Tensor) and mask.ndim == 2:
-            context.mask = mask.bool()
+        """The ``batch`` seam; masks of padding and domains reach methods by the context."""
+        if self._domain_of is not None and context.index.shape[1] == 1:
+            context.domain = self._domain_of(context.index[:, 0])
+            context.extra["domains"] = self._domains
+        mask = real_tokens(batch.get("attention_mask") if isinstance(batch, Mapping) else None)
+        if mask is not None:
+            context.mask = mask
         for method in methods:
             batch = method.batch(batch, context)
         return batch
@@ -101,6 +107,7 @@ class Host(Bound, abc.ABC):
         for method in self.methods:
             method.step(self.clock, optimizer)
             method.account(self.ledger)
+        self._current.replan()
 
     def _state(self, ledger: Ledger) -> dict[str, Any]:
         """What continues the methods bit for bit, with the account that is to be kept."""

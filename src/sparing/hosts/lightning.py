@@ -214,6 +214,11 @@ class LightningMethods(Callback, Host):  # type: ignore[misc]
             self.methods, size=size, geometry=geometry, order=self._sampled, clock=self.clock
         )
         device = trainer.strategy.root_device
+        self._domain_of, self._domains = loading.domains_of(loader.dataset)
+
+        def read(index: Tensor) -> Any:
+            return loading.to_device(loading.read(loader.dataset, index, loader.collate_fn), device)
+
         setup = Setup(
             seed=self.seed,
             steps=planned,
@@ -221,6 +226,9 @@ class LightningMethods(Callback, Host):  # type: ignore[misc]
             device=str(device),
             world_size=trainer.world_size,
             batches=lambda: planned_epochs.shuffled(by=self.seed, **self._reading(workers=0)),
+            read=read,
+            domain_of=self._domain_of,
+            domains=self._domains,
             loss=lambda model, batch: loss_of(module, model, batch),
         )
         for method in self.methods:

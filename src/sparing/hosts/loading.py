@@ -66,7 +66,7 @@ def gives_batches(data: Any) -> bool:
 class _Order(Sampler[list[tuple[int, int]]]):
     """Yields a micro-batch's (place, index) pairs when it is its turn, not all at once."""
 
-    def __init__(self, plan: Plan, groups: list[slice]) -> None:
+    def __init__(self, plan: Callable[[], Plan], groups: list[slice]) -> None:
         self.plan, self.groups = plan, groups
 
     def __len__(self) -> int:
@@ -74,12 +74,21 @@ class _Order(Sampler[list[tuple[int, int]]]):
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for group in self.groups:
-            yield list(enumerate(self.plan.index[group].tolist(), start=group.start))
+            yield list(enumerate(self.plan().index[group].tolist(), start=group.start))
+
+
+def prefetched(data: Any, *, workers: int = 0, **loader: Any) -> int:
+    """Micro-batches that a loader asks for before they are its turn: of each rank.
+
+    None of data that gives whole batches or is read in this process; ``prefetch_factor`` (2 if not
+    given) for each worker.
+    """
+    return 0 if gives_batches(data) else workers * int(loader.get("prefetch_factor") or 2)
 
 
 def batches(
     data: Any,
-    plan: Plan,
+    plan: Plan | Callable[[], Plan],
     *,
     batch_size: int,
     start: int = 0,
@@ -95,23 +104,25 @@ def batches(
 
     A data set with a method ``batch(index)`` gives whole batches itself; any other map-style data
     set is read through a DataLoader, by ``workers`` processes if asked, whose own generators
-    start from ``seed``; ``loader`` are further options of that DataLoader.
+    start from ``seed``; ``loader`` are further options of that DataLoader. A function gives the
+    plan as it is now: one that is changed before a micro-batch's turn counts from it on.
     """
-    numbers = range(start, count(len(plan), batch_size, world) if stop is None else stop)
-    groups = [share(number, len(plan), batch_size, rank, world) for number in numbers]
-    weight = plan.weight
+    now = plan if callable(plan) else lambda: plan
+    first = now()
+    numbers = range(start, count(len(first), batch_size, world) if stop is None else stop)
+    groups = [share(number, len(first), batch_size, rank, world) for number in numbers]
     if gives_batches(data):
         for group in groups:
-            index = plan.index[group].long()
+            index, weight = now().index[group].long(), now().weight
             yield data.batch(index), _context(index, None if weight is None else weight[group])
         return
-    if plan.index.ndim == 2:
+    if first.index.ndim == 2:
         raise RequestError(
             "a plan of pairs needs a data set that gives whole batches: a method batch(index)"
         )
     source: DataLoader[Any] = DataLoader(
         _Numbered(data),
-        batch_sampler=_Order(plan, groups),
+        batch_sampler=_Order(now, groups),
         collate_fn=_Collate(collate),
         num_workers=workers,
         # the workers' base seed: not drawn from the global generator
@@ -119,7 +130,20 @@ def batches(
         **loader,
     )
     for places, index, batch in source:
+        weight = now().weight
         yield batch, _context(index, None if weight is None else weight[places])
+
+
+def read(data: Any, index: Tensor, collate: Callable[[list[Any]], Any] = default_collate) -> Any:
+    """The samples ``index``, (B,) int64, as one batch, in this process."""
+    return next(batches(data, Plan(index), batch_size=len(index), collate=collate))[0]
+
+
+def domains_of(data: Any) -> tuple[Callable[[Tensor], Tensor] | None, tuple[str, ...]]:
+    """``domain_of(index)`` and ``domains`` of a data set that has both, else None and ()."""
+    tell, names = getattr(data, "domain_of", None), getattr(data, "domains", None)
+    known = callable(tell) and isinstance(names, tuple | list)
+    return (tell, tuple(map(str, names or ()))) if known else (None, ())
 
 
 def _context(index: Tensor, weight: Tensor | None) -> Context:

@@ -30,6 +30,7 @@ from sparing.core.clock import Clock
 from sparing.core.errors import DivergedError, RequestError
 from sparing.core.ledger import Ledger
 from sparing.core.method import Context, Method, Plan, Setup, arrange, combine, implements
+from sparing.core.padding import real_tokens
 from sparing.core.random_state import random_state, set_random_state_
 from sparing.core.sparse_gradients import check_optimizer, clip_norm_
 from sparing.hosts import loading
@@ -63,7 +64,8 @@ class Session(Bound):
             of the steps, or (epoch + share of its plan) / epochs where methods leave samples out.
         clip: largest global gradient norm, after the methods' ``grads`` seam.
         order: ``order(epoch, generator) -> (n,)`` where no method plans; default a permutation.
-        domain_of, domains: the domain of samples by index, and the domains' names.
+        domain_of, domains: the domain of samples by index, and the domains' names; default those
+            of ``data``, where it has both.
         precision: "fp32" or "bf16" (autocast; weights and optimizer stay in fp32).
 
     Raises RequestError for what cannot work, before anything is trained.
@@ -106,6 +108,8 @@ class Session(Bound):
         self.methods = arrange(methods)
         self.data, self.batch_size, self.accumulate = data, batch_size, accumulate
         self.seed, self.precision, self.clip = seed, precision, clip
+        if domain_of is None:
+            domain_of, domains = loading.domains_of(data)
         self.domains = domains
         self.ledger = Ledger()
         self._losses, self._order, self._domain_of = losses, order, domain_of
@@ -135,6 +139,9 @@ class Session(Bound):
             device=str(accelerator.device),
             world_size=accelerator.num_processes,
             batches=None if losses is None else self._shuffled,
+            read=self._read,
+            domain_of=domain_of,
+            domains=self.domains,
             loss=None if losses is None else lambda model, batch: losses(model, batch)[0].mean(),
         )
         for method in self.methods:
@@ -339,9 +346,9 @@ class Session(Bound):
 
     def _prepared(self, methods: list[Method], batch: Any, context: Context) -> Any:
         batch = loading.to_device(batch, self.accelerator.device)
-        mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-        if isinstance(mask, Tensor) and mask.ndim == 2:
-            context.mask = mask.bool()
+        mask = real_tokens(batch.get("attention_mask") if isinstance(batch, Mapping) else None)
+        if mask is not None:
+            context.mask = mask
         if self._domain_of is not None and context.index.shape[1] == 1:
             context.domain = self._domain_of(context.index[:, 0])
             context.extra["domains"] = self.domains
@@ -385,6 +392,7 @@ class Session(Bound):
         for method in self.methods:
             method.step(self.clock, optimizer)
             method.account(self.ledger)
+        self.epochs.replan()
 
     def _probe(self) -> Tensor:
         """Mean loss over a few rows of the latest batches, the same number on every rank."""
@@ -401,6 +409,10 @@ class Session(Bound):
 
     def _shuffled(self) -> Iterator[Any]:
         return self.epochs.shuffled(self.data, by=self.seed, collate=self._collate, seed=self.seed)
+
+    def _read(self, index: Tensor) -> Any:
+        batch = loading.read(self.data, index, self._collate)
+        return loading.to_device(batch, self.accelerator.device)
 
     def _dry_run(self, model: nn.Module) -> None:
         def first(methods: list[Method]) -> tuple[Any, Context]:

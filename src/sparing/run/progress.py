@@ -133,7 +133,9 @@ def signal_values(signals: dict[str, dict[str, Any]]) -> dict[str, str]:
             if isinstance(value, list):
                 if len(value) > MOST_SHOWN:
                     continue
-                shown[name] = " ".join(str(item) for item in value)
+                shown[name] = " ".join(
+                    f"{item:.2f}" if isinstance(item, float) else str(item) for item in value
+                )
             else:
                 shown[name] = f"{value:.2f}" if isinstance(value, float) else str(value)
     return shown

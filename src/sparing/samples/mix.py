@@ -1,0 +1,553 @@
+"""Mixing: from which source the next samples come, by weights that may move while training.
+
+One object is at once a ``Method`` for a host and a torch ``Sampler`` for a plain loop::
+
+    data = sparing.Sources({"code": code, "maths": maths, "chat": "chat.jsonl"})
+    sampler = sparing.Mix(rule="temperature", temperature=3, sources=data)
+    for index, x, y in DataLoader(sparing.indexed(data), sampler=sampler, batch_size=32):
+        losses = F.cross_entropy(model(x), y, reduction="none")
+        sampler.loss(losses, index).backward()
+        ...
+        sampler.tick()      # after each optimizer step, for rules whose weights move
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, final
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Sampler
+
+from sparing.core import ranks
+from sparing.core.checks import require_whole
+from sparing.core.clock import Clock
+from sparing.core.errors import RequestError, nearest
+from sparing.core.ledger import Ledger
+from sparing.core.loads import tells_loads
+from sparing.core.method import Context, Method, Plan, Setup, Signal
+from sparing.core.select import rounded
+from sparing.samples import draw
+from sparing.samples import mixing_weights as weighing
+from sparing.samples.mixing_losses import SourceLosses
+from sparing.samples.mixing_options import MixOptions
+from sparing.samples.mixing_plan import Ids, Members, mixed, tensor
+from sparing.samples.mixing_probe import look
+
+Measure = Callable[[nn.Module | None], Mapping[str, Any]]
+
+
+@final
+class Mix(Method, Sampler[int]):
+    """Draws samples from weighted sources; the weights may move at stated ticks.
+
+    Args:
+        sources: the data set, with ``domains`` and ``domain_of`` (``sparing.Sources`` has both);
+            or the source of each sample, (N,) int64. A host tells it by ``prepare``.
+        names: of the sources, with a tensor; default "0", "1", ...
+        seed: of plans and looks; ranks need the same one.
+        shard: give each rank its share of every plan, for a plain DataLoader under torchrun.
+        measure: ``measure(model) -> {"loads": (D, E) or a list of them by layer, "losses": (D,)}``
+            (either or both) in place of this library's own look at the sources, for experts that
+            it does not know; the same on every rank.
+        options: those of ``MixOptions``, by keyword.
+
+    A plan is an epoch long; at a tick the part of it that no loader has yet is made anew.
+    Raises RequestError for options that do not fit the sources, before anything is trained.
+    """
+
+    name: ClassVar[str] = "mix"
+    Options = MixOptions
+    identity: ClassVar[Mapping[str, Any]] = {"rule": "none"}
+
+    def __init__(
+        self,
+        *,
+        sources: Any = None,
+        names: Sequence[str] | None = None,
+        seed: int = 0,
+        shard: bool = False,
+        measure: Measure | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        self.shard, self.measure = shard, measure
+        self.names: tuple[str, ...] = ()
+        self._seed = seed
+        self._model: nn.Module | None = None
+        self._setup: Setup | None = None
+        self._whole: Members | None = None
+        self._losses: SourceLosses | None = None
+        self._loaded: dict[str, Any] | None = None
+        self._epoch, self._ticks, self._steps = 0, 0, 0
+        self._plan: Ids | None = None
+        self._dealt = self._reported = self._start = 0
+        self._due = self._exhausted = False
+        self._seen = self._paid = 0
+        self._history: dict[str, list[Any]] = {}
+        self._own_sources = sources is not None
+        if sources is not None:
+            self._own(sources, names)
+
+    @classmethod
+    def at_random(
+        cls, options: Mapping[str, Any], signals: Mapping[str, Any]
+    ) -> dict[str, dict[str, Any]] | None:
+        """Weights drawn anew at as many ticks; of fixed ones, a uniform mixture."""
+        method = cls(**options)
+        kept = {"share": method.options.share, "every": method.options.every}
+        if method.options.rule in ("none", "size", "uniform", "random"):
+            return None
+        return {"mix": {"rule": "random" if method.options.moves else "uniform", **kept}}
+
+    # ---- the sources -------------------------------------------------------------------------
+
+    def _own(self, sources: Any, names: Sequence[str] | None = None) -> None:
+        if isinstance(sources, Tensor):
+            count = int(sources.max()) + 1 if names is None and sources.numel() else 0
+            told = [str(i) for i in range(count)] if names is None else list(names)
+            self._tell(sources, told)
+            return
+        domain_of, domains = getattr(sources, "domain_of", None), getattr(sources, "domains", None)
+        if not callable(domain_of) or domains is None:
+            raise RequestError(
+                f"{type(sources).__name__} does not tell the sources of its samples; give "
+                "sparing.Sources({name: data set, ...}), or the source of each sample, (N,) int64"
+            )
+        self._tell(domain_of(torch.arange(len(sources))), list(domains))
+
+    def _tell(self, source_of: Tensor, names: Sequence[str]) -> None:
+        if self._whole is not None and len(source_of) != self._whole.source_of.size:
+            raise RequestError(
+                f"the data set had {self._whole.source_of.size} samples and has {len(source_of)} "
+                "now; make a new sampler for the new data"
+            )
+        self.names = tuple(map(str, names))
+        self._whole = Members(source_of, len(self.names))
+        self._losses = SourceLosses(len(self.names))
+        self.start = self._first_weights()
+        self.weights = self.start.clone()
+        self.reference = self._by_name("reference")
+        self._before = np.zeros(len(self.names), dtype=np.int64)
+        self._history = {"steps": [], "weights": [], "losses": [], "signal": []}
+        self._note(0)
+        if self._loaded is not None:
+            kept, self._loaded = self._loaded, None
+            self.load_state_dict(kept)
+
+    @property
+    def members(self) -> Members:
+        """Which samples each source has."""
+        if self._whole is None:
+            raise RequestError(
+                "Mix does not know the sources of the samples; give sources=sparing.Sources({...}) "
+                "or a tensor (N,), or train on data that has domains and domain_of"
+            )
+        return self._whole
+
+    @property
+    def losses(self) -> SourceLosses:
+        """What is known of the losses by source."""
+        _ = self.members
+        assert self._losses is not None
+        return self._losses
+
+    def _by_name(self, option: str) -> Tensor | None:
+        given = getattr(self.options, option)
+        if given is None:
+            return None
+        if isinstance(given, Mapping):
+            for name in given:
+                if name not in self.names:
+                    raise RequestError(
+                        f'{option} names a source "{name}" that the data does not have; '
+                        f"{nearest(name, self.names)}"
+                    )
+            if option == "reference" and len(given) < len(self.names):
+                missing = [name for name in self.names if name not in given]
+                raise RequestError(f"reference has no loss for the sources {', '.join(missing)}")
+            given = [given.get(name, 0.0) for name in self.names]
+        if len(given) != len(self.names):
+            raise RequestError(
+                f"{option} has {len(given)} values for the {len(self.names)} sources "
+                f"{', '.join(self.names)}"
+            )
+        return torch.tensor(given, dtype=torch.float64)
+
+    def _first_weights(self) -> Tensor:
+        options, sizes = self.options, self.members.sizes
+        held = torch.from_numpy(sizes.copy())
+        given = self._by_name("weights")
+        if options.rule in ("none", "size"):
+            return weighing.normalised(held)
+        if options.rule == "temperature" or (given is None and options.temperature is not None):
+            return weighing.tempered(held, options.temperature)
+        found = (held > 0).double() if given is None else given
+        empty = [
+            n for n, w, s in zip(self.names, found.tolist(), sizes, strict=True) if w and not s
+        ]
+        if empty:
+            raise RequestError(
+                f"the sources {', '.join(empty)} have weight and are empty; leave them out"
+            )
+        return weighing.normalised(found)
+
+    # ---- attaching ---------------------------------------------------------------------------
+
+    def prepare(self, model: nn.Module, setup: Setup) -> nn.Module:
+        self._setup = setup
+        return model
+
+    def bind(
+        self,
+        *,
+        size: int | None = None,
+        epochs: int | None = None,
+        steps: int | None = None,
+        seed: int = 0,
+        model: nn.Module | None = None,
+        probe: Callable[[], Tensor] | None = None,
+    ) -> None:
+        self._seed = seed
+        self._model = self._model if model is None else model
+        setup = self._setup
+        told = setup is not None and setup.domain_of is not None and not self._own_sources
+        if size is not None and told:
+            assert setup is not None
+            assert setup.domain_of is not None
+            self._tell(setup.domain_of(torch.arange(size)), setup.domains)
+        _ = self.members  # sources that nobody knows are an error before the first step
+        if size is not None and size != self.members.source_of.size:
+            raise RequestError(
+                f"the data set has {size} samples, and sources were given for "
+                f"{self.members.source_of.size}"
+            )
+        looks = self.options.rule == "gate-load" or (
+            self.options.by_loss and self.options.losses == "probe"
+        )
+        if looks and self.measure is None and (setup is None or setup.loss is None):
+            raise RequestError(
+                f'rule "{self.options.rule}" looks at losses or gate loads of samples between '
+                "steps, and this loop told no loss: give the session losses=..., or measure=..."
+            )
+        loads = self.options.rule == "gate-load" and self.measure is None and model is not None
+        if loads and model is not None and not tells_loads(model):
+            raise RequestError(
+                'rule "gate-load" needs a model with experts; attach a method that makes them, '
+                "such as top-k, or give measure=..."
+            )
+
+    # ---- plans -------------------------------------------------------------------------------
+
+    @property
+    def length(self) -> int:
+        """Samples of an epoch."""
+        return max(1, rounded(self.options.share, self.members.source_of.size))
+
+    def order(self, clock: Clock) -> Plan | None:
+        if self.options.rule == "none":
+            self._epoch = clock.epoch
+            return None
+        self._make(clock.epoch, clock.dealt)
+        assert self._plan is not None
+        return Plan(tensor(self._plan))
+
+    def _make(self, epoch: int, dealt: int) -> None:
+        """The plan of ``epoch``, whose first ``dealt`` places stay as they are."""
+        if self._plan is not None and epoch != self._epoch:
+            self._before = self._before + self.members.counts(self._plan)
+            self._plan, dealt = None, 0
+        kept = self._plan[:dealt] if self._plan is not None else np.zeros(0, np.int64)
+        if len(kept) < dealt:
+            raise RequestError(f"{dealt} places are dealt of a plan that was never made")
+        rest = mixed(
+            self.members,
+            self.weights,
+            self.length - dealt,
+            self._before + self.members.counts(kept),
+            seed=self._seed,
+            at=(epoch, dealt),
+        )
+        self._plan, self._epoch, self._due = np.concatenate((kept, rest)), epoch, False
+
+    def replans(self, clock: Clock) -> bool:
+        return self._due and self.options.rule != "none"
+
+    # ---- losses ------------------------------------------------------------------------------
+
+    def loss(self, losses: Tensor, context: Context | Tensor, outputs: Any = None) -> Tensor:
+        """Note the losses by source; they stay as they are.
+
+        ``context``: a host's, then the losses (B,) come back; or the ids (B,) int64 that came with
+        the batch, then their mean. Raises RequestError for losses that are reduced already.
+        """
+        if losses.ndim != 1:
+            raise RequestError(
+                f"losses must have one value for each sample, shape (B,), got {tuple(losses.shape)}"
+            )
+        hosted = isinstance(context, Context)
+        ids = context.index[:, 0] if isinstance(context, Context) else context.reshape(-1)
+        if ids.shape != losses.shape:
+            raise RequestError(f"{losses.shape[0]} losses came with {ids.numel()} ids")
+        if torch.is_grad_enabled():
+            source = torch.from_numpy(self.members.source_of[ids.cpu().numpy()]).long()
+            self.losses.add(source, losses)
+            self._reported += losses.shape[0]
+        return losses if hosted else losses.mean()
+
+    # ---- ticks -------------------------------------------------------------------------------
+
+    def step(self, clock: Clock, optimizer: torch.optim.Optimizer | None) -> None:
+        every = self.options.every
+        if clock.epoch_ended or every is None:
+            at = clock.epoch_ended and every is None
+        else:
+            at = clock.step % every == 0
+        if at:
+            self._tick(clock.step)
+
+    def _tick(self, step: int) -> None:
+        """All ranks together: losses are merged, weights and the rest of the plan made anew."""
+        self._ticks += 1
+        self.losses.merge_()
+        signal: Tensor | None = None
+        options = self.options
+        if options.moves:
+            signal = self._update()
+            # what measure() told may differ between ranks; what it comes to may not
+            ranks.broadcast_([self.weights] if signal is None else [self.weights, signal])
+        self._note(step, signal)
+        self._due = options.moves
+
+    def _update(self) -> Tensor | None:
+        options, open_ = self.options, self.start > 0
+        if options.rule == "random":
+            random = draw.generator(self._seed, 2**33 + self._ticks)
+            drawn = torch.from_numpy(random.dirichlet(np.ones(len(self.names)))) * open_
+            self.weights = weighing.smoothed(drawn / drawn.sum(), options.least, open_)
+            return None
+        losses, loads = self._look()
+        from_ = self.start if options.formed == "anchored" else self.weights
+        if options.rule == "gate-load":
+            if not loads:
+                raise RequestError('rule "gate-load" found no expert layer to look at')
+            signal = self._apart(loads[-1:] if options.layers == "last" else loads)
+            self.weights = weighing.raised(from_, signal, options.strength, options.least)
+            return signal
+        assert self.reference is not None
+        # of a source that has shown no loss yet nothing is known: it is taken to be at its goal
+        known = torch.where(torch.isfinite(losses), losses, self.reference)
+        signal = known - self.reference
+        if options.rule == "sheared" and options.formed != "released":
+            signal = signal.clamp(min=0)
+        self.weights = weighing.raised(from_, signal, options.strength, options.least)
+        return signal
+
+    def _apart(self, loads: list[Tensor]) -> Tensor:
+        """How far each source's loads are from the others', the mean over layers; (D,)."""
+        held = torch.from_numpy(self.members.sizes > 0)
+        mean = torch.zeros(len(self.names), dtype=torch.float64)
+        for layer in loads:
+            if layer.ndim != 2 or layer.shape[0] != len(self.names):
+                raise RequestError(
+                    f"gate loads must be ({len(self.names)} sources, experts), got shape "
+                    f"{tuple(layer.shape)}"
+                )
+            mean[held] += weighing.differences(
+                layer[held], distance=self.options.distance, criterion=self.options.criterion
+            )
+        return mean / len(loads)
+
+    def _look(self) -> tuple[Tensor, list[Tensor]]:
+        """Losses (D,), and loads (D, E) by layer; what the rule does not read may be missing."""
+        options = self.options
+        if self.measure is not None:
+            told = self.measure(self._model)
+            losses = torch.as_tensor(told.get("losses", self.losses.latest), dtype=torch.float64)
+            given = told.get("loads", [])
+            parts = [given] if isinstance(given, Tensor) and given.ndim == 2 else list(given)
+            return losses, [torch.as_tensor(part) for part in parts]
+        if options.rule != "gate-load" and options.losses == "training":
+            return self.losses.latest, []
+        setup = self._setup
+        assert self._model is not None
+        assert setup is not None
+        assert setup.loss is not None
+        assert setup.read is not None
+        losses, loads = look(
+            self._model,
+            self.members,
+            read=setup.read,
+            loss=setup.loss,
+            samples=options.probe_samples,
+            seed=self._seed,
+            tick=self._ticks,
+        )
+        self._seen += options.probe_samples * len(self.names)
+        return losses, loads
+
+    def _note(self, step: int, signal: Tensor | None = None) -> None:
+        latest = self.losses.latest.tolist()
+        self._history["steps"].append(step)
+        self._history["weights"].append(self.weights.tolist())
+        self._history["losses"].append([None if loss != loss else loss for loss in latest])
+        self._history["signal"].append(None if signal is None else signal.tolist())
+
+    # ---- a torch Sampler ---------------------------------------------------------------------
+
+    def tick(self) -> None:
+        """In a plain loop, on every rank after each optimizer step: what a host's clock does."""
+        self._steps += 1
+        every = self.options.every
+        if every is None or self._steps % every:
+            return
+        self._tick(self._steps)
+        if not self._due or self._plan is None:
+            return
+        # what loaders of other ranks have already must not change for this one either
+        self._dealt = max(ranks.gather(self._dealt))
+        self._make(self._epoch, min(self._dealt, self.length))
+
+    def set_epoch(self, epoch: int) -> None:
+        """Begin an epoch and make its plan; all ranks call it. Earlier epochs are ignored."""
+        require_whole("epoch", epoch, 0)
+        if self._plan is None or epoch > self._epoch:
+            if self._plan is not None and self.options.every is None:
+                self._tick(self._steps)
+            self._make(max(epoch, self._epoch), 0)
+            self._dealt = self._reported = self._start = 0
+            self._exhausted = False
+
+    def __len__(self) -> int:
+        """The ids that ``iter`` gives to this rank."""
+        left = self.length - self._start
+        return left // ranks.world_size() if self.shard else left
+
+    def __iter__(self) -> Iterator[int]:
+        """The ids of the epoch, or of what is left of it after a resume.
+
+        Each is looked up when a loader asks for it: a tick changes what comes after.
+        """
+        if self.options.rule == "none":
+            raise RequestError('rule "none" makes no plan; take another sampler, or rule "size"')
+        if self._plan is not None and self._exhausted:
+            self.set_epoch(self._epoch + 1)
+        elif self._plan is None:
+            self.set_epoch(self._epoch)
+        assert self._plan is not None
+        world, first = (ranks.world_size(), ranks.rank()) if self.shard else (1, 0)
+        epoch, self._dealt = self._epoch, self._start
+        for place in range(self._start, self.length - (self.length - self._start) % world, world):
+            if self._epoch != epoch:
+                return
+            self._dealt = max(self._dealt, place + world)
+            yield int(self._plan[place + first])
+        self._dealt, self._exhausted = self.length, True
+
+    # ---- account, page, state ----------------------------------------------------------------
+
+    def account(self, ledger: Ledger) -> None:
+        """Enter what looking cost: forward passes, each a third of what a training sample takes."""
+        seen, self._seen = self._seen // ranks.world_size(), 0
+        trained, spent = ledger.spent("samples"), ledger.spent("flops") - self._paid
+        cost = seen * spent // (3 * trained) if trained else 0
+        self._paid += cost
+        ledger.add("flops", spent=cost, dense=0)
+
+    def signals(self) -> dict[str, Signal]:
+        if self._whole is None:
+            return {}
+        latest = self.losses.latest
+        return {
+            "weights": self.weights.tolist(),
+            "losses": torch.where(torch.isfinite(latest), latest, 0.0).tolist(),
+            "drawn": (self.losses.drawn + self.losses.counts).tolist(),
+            "ticks": self._ticks,
+            "largest_weight": float(self.weights.max()),
+        }
+
+    def page(
+        self, model: nn.Module, passages: list[dict[str, Any]], read: Callable[[Any], Any]
+    ) -> dict[str, Any]:
+        if self._whole is None:
+            return {}
+        return {
+            "mixture": {
+                "rule": self.options.rule,
+                "form": self.options.formed if self.options.moves else "",
+                "sources": list(self.names),
+                "sizes": self.members.sizes.tolist(),
+                "drawn": (self.losses.drawn + self.losses.counts).tolist(),
+                **{key: list(values) for key, values in self._history.items()},
+            }
+        }
+
+    def __getstate__(self) -> dict[str, Any]:
+        # what belongs to a host, no file can hold
+        return {**self.__dict__, "_setup": None, "_model": None, "measure": None}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Mix:
+        copied = object.__new__(type(self))
+        memo[id(self)] = copied
+        # a host's own functions are shared: to copy what they are bound to would copy the host
+        shared = {name: self.__dict__[name] for name in ("_setup", "measure")}
+        rest = {name: value for name, value in self.__dict__.items() if name not in shared}
+        copied.__dict__.update(copy.deepcopy(rest, memo), **shared)
+        return copied
+
+    def state_dict(self) -> dict[str, Any]:
+        """Weights, the plan, and how far it is used. On several ranks the losses since the last
+        tick are each rank's own."""
+        if self._loaded is not None:
+            return self._loaded
+        if self._whole is None:
+            return {"names": None}
+        return {
+            "names": list(self.names),
+            "size": int(self._whole.source_of.size),
+            "weights": self.weights.clone(),
+            "losses": self.losses.state_dict(),
+            "before": torch.from_numpy(self._before.copy()),
+            "plan": None if self._plan is None else tensor(self._plan).to(torch.int32),
+            "epoch": self._epoch,
+            "ticks": self._ticks,
+            "steps": self._steps,
+            "dealt": self._dealt,
+            "done": min(self.length, self._start + self._reported * self._world),
+            "due": self._due,
+            "seen": self._seen,
+            "paid": self._paid,
+            "history": {key: list(values) for key, values in self._history.items()},
+        }
+
+    @property
+    def _world(self) -> int:
+        return ranks.world_size()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where ``state_dict`` stood. Raises RequestError for the state of other sources."""
+        if self._whole is None:
+            self._loaded = state if state["names"] is not None else None
+            return
+        if state["names"] is None:
+            return
+        here = (list(self.names), int(self._whole.source_of.size))
+        if (state["names"], state["size"]) != here:
+            raise RequestError(
+                f"the saved state is of {state['size']} samples of {', '.join(state['names'])}, "
+                f"this data set has {here[1]} of {', '.join(here[0])}; resume with the same data"
+            )
+        self.weights = state["weights"].clone()
+        self.losses.load_state_dict(state["losses"])
+        self._before = state["before"].numpy().copy()
+        plan = state["plan"]
+        self._plan = None if plan is None else plan.numpy().astype(np.int64)
+        self._epoch, self._ticks, self._steps = state["epoch"], state["ticks"], state["steps"]
+        self._dealt, self._due, self._seen = state["dealt"], state["due"], state["seen"]
+        self._paid = state["paid"]
+        self._start, self._reported = state["done"], 0
+        self._exhausted = self._plan is not None and self._start >= self.length
+        self._history = {key: list(values) for key, values in state["history"].items()}
