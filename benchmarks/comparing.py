@@ -26,7 +26,7 @@ def everything(
     assert declared.compare is not None
     runs = {}
     for name in declared.arms:
-        paths = sorted((out / slug(name)).glob("seed-*"))
+        paths = sorted(path for path in (out / slug(name)).glob("seed-*") if path.is_dir())
         if paths:
             runs[name] = [find(path, name) for path in paths]
     seeds = sorted({int(run.seed or 0) for arm in runs.values() for run in arm})
