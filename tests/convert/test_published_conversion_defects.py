@@ -90,3 +90,20 @@ def test_loading_finds_the_trained_gate(tmp_path: Path):
         name = f"model.layers.{number}.block_sparse_moe.gate.weight"
         assert torch.equal(layer.mlp.gate.weight, stored[name])
         assert float(stored[name].std()) > 0.1
+
+
+def test_a_loaded_conversion_is_saved_and_loaded_again(tmp_path: Path):
+    """With biases that the dense model lacks, and a block described by hand."""
+    import json
+
+    from tests.convert.dense import logits
+
+    path, out, again = saved(tmp_path, "llama"), tmp_path / "out", tmp_path / "again"
+    wanted = Conversion(experts=4, active=2, residual=1, compensate="mean", sequences=4, length=8)
+    convert(path, out, wanted)
+    model = load(out)
+    assert float(model.model.layers[0].mlp.experts.down_bias.detach().abs().max()) > 0
+    sparing.save(model, again)
+    assert json.loads((again / "sparing.json").read_text())["format"] == 3
+    batch = inputs(model)
+    assert torch.equal(logits(load(again), batch), logits(model, batch))

@@ -163,8 +163,8 @@ def test_damage_is_told(tmp_path: Path) -> None:
         load(path)
     (path / "model.safetensors").write_bytes(weights)
     assert note["format"] == 1  # which earlier versions read
-    wrote(format=3)
-    with pytest.raises(RunError, match="format 3, and this version reads up to 2"):
+    wrote(format=4)
+    with pytest.raises(RunError, match="format 4, and this version reads up to 3"):
         load(path)
     wrote(**{"class": "LlamaForTelepathy"})
     with pytest.raises(RunError, match="LlamaForTelepathy, which transformers"):

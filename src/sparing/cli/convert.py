@@ -93,6 +93,7 @@ def convert(
     """Make experts of a dense checkpoint's feed-forward blocks, and check the result."""
     with told(again="the same command"):
         from sparing import convert as conversion
+        from sparing.convert.planning import check_place
         from sparing.convert.skeleton import described
 
         path = paths[0]
@@ -131,6 +132,7 @@ def convert(
             raise RequestError("--from reads no text: its gate is random, zero or keys")
         planned = conversion.plan(path, options, data=bool(text), family=family)
         if dry_run:
+            check_place(out, planned.bytes)
             show(planned.to_dict(), as_json, planned.lines)
             return
         if not quiet:
