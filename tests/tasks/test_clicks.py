@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from sparing.core.random_state import random_state
 from sparing.core.task import Task
 from sparing.run import recipe
 from sparing.run.compare.arms import as_overrides
-from sparing.tasks.clicks import Clicks, saved
+from sparing.tasks.clicks import Clicks, prior, saved
 from sparing.tasks.clicks.auc import auc
 from sparing.tasks.clicks.dataset import Rows, drawn
 from sparing.tasks.clicks.encoded import Encoded
@@ -206,6 +207,56 @@ def test_a_trained_model_leaves_with_its_vocabulary(tmp_path):
     program = torch.export.load(tmp_path / "model" / "program.pt2").module()
     for some in (slice(0, 4), slice(1, 2)):
         assert torch.allclose(program(ids[some], numeric[some]), odds[some], atol=1e-6)
+
+
+def test_rates_are_where_the_model_begins_and_leave_with_it(tmp_path):
+    path = write(tmp_path / "log.csv", rows=2000)
+    task = Clicks(path=path, label="clicked", model="wide-deep", rates=True, dim=4, widths=(8,))
+    task.prepare(0)
+    plain = Clicks(path=path, label="clicked", model="wide-deep", dim=4, widths=(8,))
+    plain.prepare(0)
+    assert task.fingerprint == plain.fingerprint
+    model = task.model(0)
+    batch = task.train.batch(torch.arange(2000 // 2))
+    assert batch["numeric"].shape[1] == plain.train.batch(torch.arange(2))["numeric"].shape[1] + 1
+    # at its beginning it says about what the rates say
+    torch.nn.init.zeros_(model.numeric_linear.weight[:, :-1])
+    said = model.eval()(batch["ids"], batch["numeric"]).detach()
+    assert torch.corrcoef(torch.stack([said, batch["numeric"][:, -1]]))[0, 1] > 0.9
+    task.export(model, tmp_path / "out")
+    held = task._held_out
+    read = saved.read(tmp_path / "out")
+    with open(path, encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    columns = {
+        "item": [row["item"] for row in rows],
+        "place": [row["place"] for row in rows],
+        "price": [float(row["price"]) for row in rows],
+        "day": [int(row["day"]) for row in rows],
+    }
+    every = read.log_odds(columns)
+    with torch.no_grad():
+        ours = model(
+            torch.from_numpy(held.ids.astype(np.int64)), torch.from_numpy(held.numeric)
+        ).float()
+    # held-out rows are among the file's, each with the log-odds that the task gives it
+    assert torch.isclose(ours[:, None], every[None]).any(1).all()
+
+
+def test_no_training_row_sees_a_rate_that_its_own_label_went_into():
+    ids = np.zeros((100, 1), dtype=np.int32)
+    ids[:, 0] = np.arange(100) // 2 + 2
+    labels = np.zeros(100, dtype=np.uint8)
+    labels[::4] = 1
+    none = np.zeros((100, 0), dtype=np.float32)
+    data = Encoded(ids, none, labels, np.zeros(100, dtype=np.int64), np.array([0, 100]))
+    rates = prior.fit(data, (52,))
+    before = prior.out_of_fold(data, (52,), rates)
+    for row in range(0, 100, 9):
+        changed = labels.copy()
+        changed[row] = 1 - changed[row]
+        again = dataclasses.replace(data, labels=changed)
+        assert prior.out_of_fold(again, (52,), rates)[row] == before[row]
 
 
 def test_what_is_no_saved_model_is_refused(tmp_path, task):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sparing.core.errors import DivergedError, RequestError, nearest
 from sparing.core.modes import evaluating
 from sparing.core.task import Samples
-from sparing.tasks.clicks import page, reference, sources
+from sparing.tasks.clicks import page, prior, reference, sources
 from sparing.tasks.clicks.auc import auc, placements
 from sparing.tasks.clicks.calibration import calibration, log_loss
 from sparing.tasks.clicks.dataset import Rows, drawn
@@ -66,6 +66,7 @@ class Clicks:
         self.remark = ""
         self._time: str | None = None
         self._label = ""
+        self._rates: prior.Rates | None = None
         self._vocabulary: Vocabulary | None = None
         self._rows: Rows | None = None
         self._held_out: Encoded | None = None
@@ -90,13 +91,19 @@ class Clicks:
             kind = "positive" if positives else "negative"
             self.about_metric = "Log loss is the mean cross entropy in nats: lower is better."
             remark = f"All {len(held_out):,} held-out rows are {kind}: AUC is undefined. {remark}"
-        self._rows = Rows(train, mapped=train is log.train and log.hold == "disk")
+        self.fingerprint = sources.fingerprint(train, held_out)
+        mapped = train is log.train and log.hold == "disk"
+        if options.rates:
+            sizes = log.vocabulary.sizes
+            self._rates = prior.fit(train, sizes)
+            train = prior.beside(train, prior.out_of_fold(train, sizes, self._rates))
+            held_out = prior.beside(held_out, self._rates.log_odds(held_out.ids))
+        self._rows = Rows(train, mapped=mapped)
         self.train = self._rows
         self._held_out = held_out
         self._vocabulary = log.vocabulary
         self._time, self._label = log.schema.time, log.schema.label
         self.remark = remark.strip()
-        self.fingerprint = sources.fingerprint(train, held_out)
 
     def _ready(self) -> tuple[Rows, Encoded, Vocabulary]:
         if self._rows is None or self._held_out is None or self._vocabulary is None:
@@ -106,7 +113,8 @@ class Clicks:
     def model(self, seed: int) -> nn.Module:
         """A freshly initialised ``ClickModel``; the global generators stay as they were.
 
-        Its bias is that of the training rows' rate, so that the first steps need not find it.
+        Its bias is that of the training rows' rate, so that the first steps need not find it; with
+        ``rates``, those of the row begin with the weight 1 instead.
         """
         rows, _, vocabulary = self._ready()
         labels = rows.data.labels
@@ -115,14 +123,20 @@ class Clicks:
         with torch.random.fork_rng(devices=[]):
             # Not torch.manual_seed: that would seed the accelerators' generators too.
             torch.default_generator.manual_seed(seed)
-            return ClickModel(
+            model = ClickModel(
                 self.options.model,
                 vocabulary.sizes,
-                len(vocabulary.scales),
+                rows.data.numeric.shape[1],
                 self.options.shape(),
                 sparse=self.options.sparse,
-                log_odds=float(log_odds(rate)),
+                log_odds=0.0 if self.options.rates else float(log_odds(rate)),
             )
+        if self.options.rates:
+            # they say themselves how many rows are positive
+            assert model.numeric_linear is not None
+            with torch.no_grad():
+                model.numeric_linear.weight[0, -1] = 1.0
+        return model
 
     def domain_of(self, index: Tensor) -> Tensor:
         """(B,) int64 -> (B,) zeros: there is one domain."""
@@ -194,7 +208,7 @@ class Clicks:
         """Write model, vocabulary and exported program as ``saved.read`` reads them."""
         from sparing.tasks.clicks import saved
 
-        saved.write(model, path, self._ready()[2], self._label)
+        saved.write(model, path, self._ready()[2], self._label, self._rates)
 
     def load(self, path: Path) -> nn.Module:
         """The model that ``export`` wrote. Raises RequestError if it cannot be read."""

@@ -53,7 +53,7 @@ class Encoded:
         return self.rows(slice(int(self.bounds[number]), int(self.bounds[number + 1])))
 
     def rows(self, chosen: Any) -> Encoded:
-        """Those rows: a slice, or positions (n,) int64."""
+        """Those rows: a slice, positions (n,) int64, or a mask (N,) bool."""
         return joined([(self, chosen)])
 
     def batch(self, index: Tensor) -> dict[str, Tensor]:
@@ -163,7 +163,7 @@ def joined(parts: Sequence[tuple[Encoded, Any]]) -> Encoded:
 
 
 def _of(array: NDArray[Any], places: Any) -> NDArray[Any]:
-    if isinstance(places, slice):
+    if isinstance(places, slice) or places.dtype == np.bool_:
         return array[places]
     # copies rows whole, where indexing by an array goes value by value
     taken: NDArray[Any] = array.take(places, axis=0)

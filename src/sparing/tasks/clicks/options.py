@@ -31,6 +31,8 @@ class ClicksOptions:
     values into that many ids instead. ``rows``: train on that many of the training rows, drawn by
     lot, the same for every seed. ``hold``: the training rows in ``memory``, or on the ``disk``;
     ``auto``, in memory up to 2 GiB. ``model`` and what follows: see ``ClickModel`` and ``Shape``;
+    ``rates``: the model also gets the log-odds of smoothed target rates (see ``reference``) as a
+    number, and begins at them; training rows, those of counts without their own fold of five.
     ``sparse``: gradients of tables hold the touched rows only. ``eval_batch`` rows are evaluated
     at a time.
 
@@ -60,6 +62,7 @@ class ClicksOptions:
     rank: int = 32
     experts: int = 4
     cin_widths: tuple[int, ...] = (100, 100)
+    rates: bool = False
     sparse: bool = False
     eval_batch: int = 16_384
 
@@ -81,6 +84,11 @@ class ClicksOptions:
         require_whole("eval_batch", self.eval_batch, 1)
         if self.rows is not None:
             require_whole("rows", self.rows, 2)
+        if self.rates and not KINDS[self.model].linear:
+            able = ", ".join(name for name, kind in KINDS.items() if kind.linear)
+            raise RequestError(
+                f"rates are a linear term, which {self.model} has not; take one of {able}"
+            )
         self.shape()
 
     def _check_files(self) -> None:

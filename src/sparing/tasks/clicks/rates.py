@@ -38,12 +38,14 @@ class Additive:
     """Log-odds of the base rate, plus what each value of ``fields`` moves them by.
 
     ``moves[k]``: (size of field k,) float64, the smoothed rate's log-odds less the base rate's; 0
-    for a value that did not occur. Fields that say the same twice count twice: choose them.
+    for a value that did not occur. ``strength`` of the smoothing. Fields that say the same twice
+    count twice: choose them.
     """
 
     base: float
     fields: tuple[int, ...]
     moves: tuple[Floats, ...]
+    strength: float = 20.0
 
     def log_odds(self, ids: Ids) -> Floats:
         """(N, F) -> (N,) float64."""
@@ -74,7 +76,7 @@ def additive(
         hits = np.bincount(ids[labels > 0, field], minlength=sizes[field]).astype(np.float64)
         rate = smoothed(hits, rows, base, strength)
         moves.append(np.where(rows > 0, log_odds(rate) - log_odds(base), 0.0))
-    return Additive(base, fields, tuple(moves))
+    return Additive(base, fields, tuple(moves), strength)
 
 
 @final

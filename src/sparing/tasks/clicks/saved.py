@@ -2,7 +2,8 @@
 
 ``config.json`` and ``model.safetensors`` make the model, ``vocabulary/`` turns columns into its
 inputs, and ``program.pt2`` is the same model as ``torch.export`` writes it, for any batch size,
-which ``torch.export.load`` reads without this library.
+which ``torch.export.load`` reads without this library. ``rates.npz``: smoothed target rates, if the
+model gets them; they are the last of its numbers.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from sparing.core.errors import RequestError
 from sparing.core.modes import evaluating
 from sparing.core.state import atomic_save, atomic_write_json, replacing
+from sparing.tasks.clicks import prior
 from sparing.tasks.clicks.models import ClickModel, Shape
 from sparing.tasks.clicks.vocabulary import Vocabulary
 
@@ -37,6 +39,7 @@ class Predictor:
     model: ClickModel
     vocabulary: Vocabulary
     label: str
+    rates: prior.Rates | None = None
 
     def log_odds(self, columns: Mapping[str, Any]) -> Tensor:
         """The log-odds of each row, (n,) float32.
@@ -45,13 +48,18 @@ class Predictor:
         training has not seen have an id of their own. Raises RequestError for columns that are
         not there and values that do not belong in them.
         """
-        ids = torch.from_numpy(self.vocabulary.encode(columns))
+        found = self.vocabulary.encode(columns)
+        ids = torch.from_numpy(found)
         numeric = None
-        if self.vocabulary.scales:
-            numeric = torch.from_numpy(self.vocabulary.numeric(columns))
+        if self.model.numeric:
+            numbers = self.vocabulary.numeric(columns)
+            if self.rates is not None:
+                column = self.rates.log_odds(found)[:, None].astype(np.float32)
+                numbers = np.concatenate([numbers, column], axis=1)
+            numeric = torch.from_numpy(numbers)
         with torch.inference_mode():
-            found: Tensor = self.model(ids, numeric)
-        return found.float()
+            said: Tensor = self.model(ids, numeric)
+        return said.float()
 
     def predict(self, columns: Mapping[str, Any]) -> NDArray[np.float64]:
         """The chance of a positive label, (n,) float64."""
@@ -73,7 +81,13 @@ def program(model: ClickModel) -> Any:
     return torch.export.export(model, given, dynamic_shapes=({0: rows},) * len(given))
 
 
-def write(model: nn.Module, path: Path, vocabulary: Vocabulary, label: str) -> None:
+def write(
+    model: nn.Module,
+    path: Path,
+    vocabulary: Vocabulary,
+    label: str,
+    rates: prior.Rates | None = None,
+) -> None:
     """Write the directory ``path``, whole or not at all.
 
     Raises RequestError for a model of another kind.
@@ -86,6 +100,7 @@ def write(model: nn.Module, path: Path, vocabulary: Vocabulary, label: str) -> N
         "model": model.kind,
         "sizes": list(model.tables.sizes),
         "numeric": model.numeric,
+        "rates": rates is not None,
         "shape": asdict(model.shape),
     }
     with replacing(path) as aside:
@@ -94,6 +109,8 @@ def write(model: nn.Module, path: Path, vocabulary: Vocabulary, label: str) -> N
         atomic_save(aside / "model.safetensors", tensors)
         atomic_write_json(aside / "config.json", about)
         vocabulary.save(aside / "vocabulary")
+        if rates is not None:
+            prior.save(aside / "rates.npz", rates)
         with evaluating(model):
             torch.export.save(program(model), aside / "program.pt2")
 
@@ -115,6 +132,7 @@ def read(path: str | Path) -> Predictor:
             about["model"], about["sizes"], about["numeric"], Shape(**about["shape"])
         )
         model.load_state_dict(load_file(path / "model.safetensors"))
+        rates = prior.load(path / "rates.npz") if about.get("rates") else None
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         if isinstance(error, RequestError):
             raise
@@ -124,4 +142,4 @@ def read(path: str | Path) -> Predictor:
     vocabulary = Vocabulary.load(path / "vocabulary")
     if list(vocabulary.sizes) != about["sizes"]:
         raise RequestError(f"the vocabulary in {path} is not that of its model; copy both again")
-    return Predictor(model.eval(), vocabulary, about["label"])
+    return Predictor(model.eval(), vocabulary, about["label"], rates)
