@@ -126,6 +126,9 @@ class Mix(Method, Sampler[int]):
                 "now; make a new sampler for the new data"
             )
         self.names = tuple(map(str, names))
+        twice = sorted({name for name in self.names if self.names.count(name) > 1})
+        if twice:
+            raise RequestError(f"two sources have the same name: {', '.join(twice)}")
         self._whole = Members(source_of, len(self.names))
         self._losses = SourceLosses(len(self.names))
         self.start = self._first_weights()
