@@ -34,7 +34,7 @@ def work(rank: int) -> None:
         ranks.agree(f"{method}: weights", method.weights)
         ranks.agree(f"{method}: plan", torch.from_numpy(method._plan))
         ranks.agree(f"{method}: losses", method.losses.latest)
-        assert method._ticks >= 2
+        assert method.ticks >= 2
         # what came on both ranks together is the plan
         last = len(method._plan)
         both = sorted(parts[0][-last // 2 :] + parts[1][-last // 2 :])

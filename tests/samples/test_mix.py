@@ -406,6 +406,17 @@ def test_data_without_sources_is_told():
         fewer.load_state_dict(kept)
 
 
+def test_sources_are_told_apart_by_place_whatever_their_names():
+    # the released code finds them by patterns such as eval_(.*?)_loss
+    names = ["a", "a_loss", "eval_a_loss", "a_gate_load"]
+    method = sparing.Mix(
+        sources=torch.arange(8) % 4, names=names, rule="static", weights={"a_loss": 1}
+    )
+    assert method.weights.tolist() == [0, 1, 0, 0]
+    with pytest.raises(RequestError, match="same name: a"):
+        sparing.Mix(sources=torch.arange(2), names=["a", "a"])
+
+
 def test_chance_at_equal_cost():
     assert sparing.Mix.at_random({"rule": "gate-load", "every": 7, "share": 0.5}, {}) == {
         "mix": {"rule": "random", "share": 0.5, "every": 7}

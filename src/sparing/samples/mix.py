@@ -25,17 +25,17 @@ from torch.utils.data import Sampler
 from sparing.core import ranks
 from sparing.core.checks import require_whole
 from sparing.core.clock import Clock
-from sparing.core.errors import RequestError, nearest
+from sparing.core.errors import RequestError
 from sparing.core.ledger import Ledger
 from sparing.core.loads import tells_loads
 from sparing.core.method import Context, Method, Plan, Setup, Signal
 from sparing.core.select import rounded
-from sparing.samples import draw
-from sparing.samples import mixing_weights as weighing
 from sparing.samples.mixing_losses import SourceLosses
 from sparing.samples.mixing_options import MixOptions
 from sparing.samples.mixing_plan import Ids, Members, mixed, tensor
-from sparing.samples.mixing_probe import look
+from sparing.samples.mixing_saved import MixState
+from sparing.samples.mixing_start import by_name, first
+from sparing.samples.mixing_update import updated
 
 Measure = Callable[[nn.Module | None], Mapping[str, Any]]
 
@@ -76,17 +76,17 @@ class Mix(Method, Sampler[int]):
         super().__init__(**options)
         self.shard, self.measure = shard, measure
         self.names: tuple[str, ...] = ()
-        self._seed = seed
-        self._model: nn.Module | None = None
-        self._setup: Setup | None = None
+        self.seed = seed
+        self.model: nn.Module | None = None
+        self.setup: Setup | None = None
         self._whole: Members | None = None
         self._losses: SourceLosses | None = None
         self._loaded: dict[str, Any] | None = None
-        self._epoch, self._ticks, self._steps = 0, 0, 0
+        self._epoch, self.ticks, self._steps = 0, 0, 0
         self._plan: Ids | None = None
         self._dealt = self._reported = self._start = 0
         self._due = self._exhausted = False
-        self._seen = self._paid = 0
+        self.seen = self._paid = 0
         self._history: dict[str, list[Any]] = {}
         self._own_sources = sources is not None
         if sources is not None:
@@ -126,11 +126,14 @@ class Mix(Method, Sampler[int]):
                 "now; make a new sampler for the new data"
             )
         self.names = tuple(map(str, names))
+        twice = sorted({name for name in self.names if self.names.count(name) > 1})
+        if twice:
+            raise RequestError(f"two sources have the same name: {', '.join(twice)}")
         self._whole = Members(source_of, len(self.names))
         self._losses = SourceLosses(len(self.names))
-        self.start = self._first_weights()
+        self.start = first(self.options, self.names, self._whole.sizes)
         self.weights = self.start.clone()
-        self.reference = self._by_name("reference")
+        self.reference = by_name(self.options, "reference", self.names)
         self._before = np.zeros(len(self.names), dtype=np.int64)
         self._history = {"steps": [], "weights": [], "losses": [], "signal": []}
         self._note(0)
@@ -155,50 +158,10 @@ class Mix(Method, Sampler[int]):
         assert self._losses is not None
         return self._losses
 
-    def _by_name(self, option: str) -> Tensor | None:
-        given = getattr(self.options, option)
-        if given is None:
-            return None
-        if isinstance(given, Mapping):
-            for name in given:
-                if name not in self.names:
-                    raise RequestError(
-                        f'{option} names a source "{name}" that the data does not have; '
-                        f"{nearest(name, self.names)}"
-                    )
-            if option == "reference" and len(given) < len(self.names):
-                missing = [name for name in self.names if name not in given]
-                raise RequestError(f"reference has no loss for the sources {', '.join(missing)}")
-            given = [given.get(name, 0.0) for name in self.names]
-        if len(given) != len(self.names):
-            raise RequestError(
-                f"{option} has {len(given)} values for the {len(self.names)} sources "
-                f"{', '.join(self.names)}"
-            )
-        return torch.tensor(given, dtype=torch.float64)
-
-    def _first_weights(self) -> Tensor:
-        options, sizes = self.options, self.members.sizes
-        held = torch.from_numpy(sizes.copy())
-        given = self._by_name("weights")
-        if options.rule in ("none", "size"):
-            return weighing.normalised(held)
-        if options.rule == "temperature" or (given is None and options.temperature is not None):
-            return weighing.tempered(held, options.temperature)
-        found = (held > 0).double() if given is None else given
-        empty = [
-            n for n, w, s in zip(self.names, found.tolist(), sizes, strict=True) if w and not s
-        ]
-        if empty:
-            raise RequestError(
-                f"the sources {', '.join(empty)} have weight and are empty; leave them out"
-            )
-        return weighing.normalised(found)
-
     # ---- attaching ---------------------------------------------------------------------------
 
     def prepare(self, model: nn.Module, setup: Setup) -> nn.Module:
-        self._setup = setup
+        self.setup = setup
         return model
 
     def bind(
@@ -211,30 +174,27 @@ class Mix(Method, Sampler[int]):
         model: nn.Module | None = None,
         probe: Callable[[], Tensor] | None = None,
     ) -> None:
-        self._seed = seed
-        self._model = self._model if model is None else model
-        setup = self._setup
-        told = setup is not None and setup.domain_of is not None and not self._own_sources
-        if size is not None and told:
-            assert setup is not None
-            assert setup.domain_of is not None
-            self._tell(setup.domain_of(torch.arange(size)), setup.domains)
+        self.seed = seed
+        self.model = self.model if model is None else model
+        setup = self.setup
+        domain_of = None if setup is None or self._own_sources else setup.domain_of
+        if size is not None and setup is not None and domain_of is not None:
+            self._tell(domain_of(torch.arange(size)), setup.domains)
         _ = self.members  # sources that nobody knows are an error before the first step
         if size is not None and size != self.members.source_of.size:
             raise RequestError(
                 f"the data set has {size} samples, and sources were given for "
                 f"{self.members.source_of.size}"
             )
-        looks = self.options.rule == "gate-load" or (
-            self.options.by_loss and self.options.losses == "probe"
-        )
-        if looks and self.measure is None and (setup is None or setup.loss is None):
+        by_losses = self.options.by_loss and self.options.losses == "probe"
+        if self.measure is not None or not (by_losses or self.options.rule == "gate-load"):
+            return
+        if setup is None or setup.loss is None:
             raise RequestError(
                 f'rule "{self.options.rule}" looks at losses or gate loads of samples between '
                 "steps, and this loop told no loss: give the session losses=..., or measure=..."
             )
-        loads = self.options.rule == "gate-load" and self.measure is None and model is not None
-        if loads and model is not None and not tells_loads(model):
+        if not by_losses and model is not None and not tells_loads(model):
             raise RequestError(
                 'rule "gate-load" needs a model with experts; attach a method that makes them, '
                 "such as top-k, or give measure=..."
@@ -268,7 +228,7 @@ class Mix(Method, Sampler[int]):
             self.weights,
             self.length - dealt,
             self._before + self.members.counts(kept),
-            seed=self._seed,
+            seed=self.seed,
             at=(epoch, dealt),
         )
         self._plan, self._epoch, self._due = np.concatenate((kept, rest)), epoch, False
@@ -311,83 +271,16 @@ class Mix(Method, Sampler[int]):
 
     def _tick(self, step: int) -> None:
         """All ranks together: losses are merged, weights and the rest of the plan made anew."""
-        self._ticks += 1
+        self.ticks += 1
         self.losses.merge_()
         signal: Tensor | None = None
         options = self.options
         if options.moves:
-            signal = self._update()
+            self.weights, signal = updated(self)
             # what measure() told may differ between ranks; what it comes to may not
             ranks.broadcast_([self.weights] if signal is None else [self.weights, signal])
         self._note(step, signal)
         self._due = options.moves
-
-    def _update(self) -> Tensor | None:
-        options, open_ = self.options, self.start > 0
-        if options.rule == "random":
-            random = draw.generator(self._seed, 2**33 + self._ticks)
-            drawn = torch.from_numpy(random.dirichlet(np.ones(len(self.names)))) * open_
-            self.weights = weighing.smoothed(drawn / drawn.sum(), options.least, open_)
-            return None
-        losses, loads = self._look()
-        from_ = self.start if options.formed == "anchored" else self.weights
-        if options.rule == "gate-load":
-            if not loads:
-                raise RequestError('rule "gate-load" found no expert layer to look at')
-            signal = self._apart(loads[-1:] if options.layers == "last" else loads)
-            self.weights = weighing.raised(from_, signal, options.strength, options.least)
-            return signal
-        assert self.reference is not None
-        # of a source that has shown no loss yet nothing is known: it is taken to be at its goal
-        known = torch.where(torch.isfinite(losses), losses, self.reference)
-        signal = known - self.reference
-        if options.rule == "sheared" and options.formed != "released":
-            signal = signal.clamp(min=0)
-        self.weights = weighing.raised(from_, signal, options.strength, options.least)
-        return signal
-
-    def _apart(self, loads: list[Tensor]) -> Tensor:
-        """How far each source's loads are from the others', the mean over layers; (D,)."""
-        held = torch.from_numpy(self.members.sizes > 0)
-        mean = torch.zeros(len(self.names), dtype=torch.float64)
-        for layer in loads:
-            if layer.ndim != 2 or layer.shape[0] != len(self.names):
-                raise RequestError(
-                    f"gate loads must be ({len(self.names)} sources, experts), got shape "
-                    f"{tuple(layer.shape)}"
-                )
-            mean[held] += weighing.differences(
-                layer[held], distance=self.options.distance, criterion=self.options.criterion
-            )
-        return mean / len(loads)
-
-    def _look(self) -> tuple[Tensor, list[Tensor]]:
-        """Losses (D,), and loads (D, E) by layer; what the rule does not read may be missing."""
-        options = self.options
-        if self.measure is not None:
-            told = self.measure(self._model)
-            losses = torch.as_tensor(told.get("losses", self.losses.latest), dtype=torch.float64)
-            given = told.get("loads", [])
-            parts = [given] if isinstance(given, Tensor) and given.ndim == 2 else list(given)
-            return losses, [torch.as_tensor(part) for part in parts]
-        if options.rule != "gate-load" and options.losses == "training":
-            return self.losses.latest, []
-        setup = self._setup
-        assert self._model is not None
-        assert setup is not None
-        assert setup.loss is not None
-        assert setup.read is not None
-        losses, loads = look(
-            self._model,
-            self.members,
-            read=setup.read,
-            loss=setup.loss,
-            samples=options.probe_samples,
-            seed=self._seed,
-            tick=self._ticks,
-        )
-        self._seen += options.probe_samples * len(self.names)
-        return losses, loads
 
     def _note(self, step: int, signal: Tensor | None = None) -> None:
         latest = self.losses.latest.tolist()
@@ -451,7 +344,7 @@ class Mix(Method, Sampler[int]):
 
     def account(self, ledger: Ledger) -> None:
         """Enter what looking cost: forward passes, each a third of what a training sample takes."""
-        seen, self._seen = self._seen // ranks.world_size(), 0
+        seen, self.seen = self.seen // ranks.world_size(), 0
         trained, spent = ledger.spent("samples"), ledger.spent("flops") - self._paid
         cost = seen * spent // (3 * trained) if trained else 0
         self._paid += cost
@@ -465,7 +358,7 @@ class Mix(Method, Sampler[int]):
             "weights": self.weights.tolist(),
             "losses": torch.where(torch.isfinite(latest), latest, 0.0).tolist(),
             "drawn": (self.losses.drawn + self.losses.counts).tolist(),
-            "ticks": self._ticks,
+            "ticks": self.ticks,
             "largest_weight": float(self.weights.max()),
         }
 
@@ -487,13 +380,13 @@ class Mix(Method, Sampler[int]):
 
     def __getstate__(self) -> dict[str, Any]:
         # what belongs to a host, no file can hold
-        return {**self.__dict__, "_setup": None, "_model": None, "measure": None}
+        return {**self.__dict__, "setup": None, "model": None, "measure": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Mix:
         copied = object.__new__(type(self))
         memo[id(self)] = copied
         # a host's own functions are shared: to copy what they are bound to would copy the host
-        shared = {name: self.__dict__[name] for name in ("_setup", "measure")}
+        shared = {name: self.__dict__[name] for name in ("setup", "measure")}
         rest = {name: value for name, value in self.__dict__.items() if name not in shared}
         copied.__dict__.update(copy.deepcopy(rest, memo), **shared)
         return copied
@@ -503,51 +396,11 @@ class Mix(Method, Sampler[int]):
         tick are each rank's own."""
         if self._loaded is not None:
             return self._loaded
-        if self._whole is None:
-            return {"names": None}
-        return {
-            "names": list(self.names),
-            "size": int(self._whole.source_of.size),
-            "weights": self.weights.clone(),
-            "losses": self.losses.state_dict(),
-            "before": torch.from_numpy(self._before.copy()),
-            "plan": None if self._plan is None else tensor(self._plan).to(torch.int32),
-            "epoch": self._epoch,
-            "ticks": self._ticks,
-            "steps": self._steps,
-            "dealt": self._dealt,
-            "done": min(self.length, self._start + self._reported * self._world),
-            "due": self._due,
-            "seen": self._seen,
-            "paid": self._paid,
-            "history": {key: list(values) for key, values in self._history.items()},
-        }
-
-    @property
-    def _world(self) -> int:
-        return ranks.world_size()
+        return {"names": None} if self._whole is None else MixState.of(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where ``state_dict`` stood. Raises RequestError for the state of other sources."""
         if self._whole is None:
             self._loaded = state if state["names"] is not None else None
-            return
-        if state["names"] is None:
-            return
-        here = (list(self.names), int(self._whole.source_of.size))
-        if (state["names"], state["size"]) != here:
-            raise RequestError(
-                f"the saved state is of {state['size']} samples of {', '.join(state['names'])}, "
-                f"this data set has {here[1]} of {', '.join(here[0])}; resume with the same data"
-            )
-        self.weights = state["weights"].clone()
-        self.losses.load_state_dict(state["losses"])
-        self._before = state["before"].numpy().copy()
-        plan = state["plan"]
-        self._plan = None if plan is None else plan.numpy().astype(np.int64)
-        self._epoch, self._ticks, self._steps = state["epoch"], state["ticks"], state["steps"]
-        self._dealt, self._due, self._seen = state["dealt"], state["due"], state["seen"]
-        self._paid = state["paid"]
-        self._start, self._reported = state["done"], 0
-        self._exhausted = self._plan is not None and self._start >= self.length
-        self._history = {key: list(values) for key, values in state["history"].items()}
+        elif state["names"] is not None:
+            MixState.restore_(self, state)
