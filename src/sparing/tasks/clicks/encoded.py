@@ -164,10 +164,10 @@ def joined(parts: Sequence[tuple[Encoded, Any]]) -> Encoded:
 
 def _of(array: NDArray[Any], places: Any) -> NDArray[Any]:
     if isinstance(places, slice) or places.dtype == np.bool_:
-        return array[places]
-    # copies rows whole, where indexing by an array goes value by value
-    taken: NDArray[Any] = array.take(places, axis=0)
-    return taken
+        chosen: NDArray[Any] = array[places]
+    else:  # copies rows whole, where indexing by an array goes value by value
+        chosen = array.take(places, axis=0)
+    return chosen
 
 
 def encode(
