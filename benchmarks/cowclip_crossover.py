@@ -3,9 +3,9 @@
 Counting and clipping a dense gradient of 16 columns: by the rows that occur (ids sorted), by passes
 over the table (counts of all rows), and as ``auto`` chooses; ids uniform, and by Zipf's law. About
 2 % of the rows that occur are clipped. One thread, processor time, calls in turns; a ratio is the
-median of those within a round. Each call is made once untimed before: what follows a pass over a
-table finds its rows gone from the caches and the allocator changed, which made ``auto`` seem up to
-2.4 times slower than the very form that it chose. Caches are as warm as the table allows, then.
+median of those within a round. Before each call 64 MB are written, so that all find the caches
+alike, without the table, as a step of training leaves them: otherwise each finds what the one
+before it left, which made ``auto`` seem up to 1.9 times slower than the very form that it chose.
 A table of 10^8 rows needs 6.4 GB for values and as much for gradients, and was not measured.
 
     python benchmarks/cowclip_crossover.py [--fit | --again]
@@ -40,6 +40,7 @@ BATCHES = (1024, 8192, 65536)
 NEAR = (0.25, 0.4, 0.6, 0.8, 1.0, 1.5, 2.0, 4.0)
 """Lookups over rows about which the faster form changes: what the borders are fitted by."""
 LAWS = ("uniform", "zipf")
+OTHER = torch.zeros(1 << 24)
 COMBINATIONS = tuple(itertools.product(("rows", "dense"), repeat=2))
 SHARES = (
     0.05,
@@ -121,7 +122,9 @@ def measure(point: dict[str, Any], tables: dict[int, tuple[Tensor, Tensor]]) -> 
     often = {10**7: 3, 10**6: 7}.get(rows, 21)
     times = {
         name: kinds["cpu"]
-        for name, kinds in in_turns(functions, repetitions=often, warm_up=1, untimed=1).items()
+        for name, kinds in in_turns(
+            functions, repetitions=often, warm_up=1, before=lambda: OTHER.add_(1)
+        ).items()
     }
     micro = {name: spread([s * 1e6 for s in kept], 1) for name, kept in times.items()}
     best = min(("rows, rows", "dense, dense"), key=lambda name: micro[name]["median"])
