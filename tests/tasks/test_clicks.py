@@ -116,6 +116,38 @@ def test_what_the_page_shows(task):
     assert task.show(task.model(0), []) == []
 
 
+class Scaled(torch.nn.Module):
+    """A click model times a plain number, which no state dict has; it counts rows."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.by, self.rows = inner, 1.0, 0
+
+    def forward(self, ids, numeric):
+        self.rows += len(ids)
+        return self.inner(ids, numeric) * self.by
+
+
+def test_held_out_rows_are_scored_once_for_metrics_documents_and_page(task):
+    model = Scaled(task.model(7))
+    size, part = len(task._held_out), task.options.eval_batch
+    part = min(part, size)
+    found = task.evaluate(model)
+    assert model.rows == size + part
+    task.documents(model)
+    task.page(model, 0)
+    assert task.evaluate(model) == found
+    assert model.rows == size + 4 * part
+    weights = model.inner.tables.linear.weight
+    weights.data += torch.randn(weights.shape)  # past autograd's count of changes
+    other = task.evaluate(model)
+    assert other != found
+    assert model.rows == 2 * size + 5 * part
+    model.by = -1.0
+    assert task.evaluate(model)["auc"] == pytest.approx(100 - other["auc"])
+    assert model.rows == 3 * size + 6 * part
+
+
 def test_scores_that_are_not_finite_are_a_diverged_run(task):
     model = task.model(0)
     with torch.no_grad():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -70,6 +71,7 @@ class Clicks:
         self._vocabulary: Vocabulary | None = None
         self._rows: Rows | None = None
         self._held_out: Encoded | None = None
+        self._last: tuple[str, Tensor, Tensor] | None = None
 
     def prepare(self, seed: int) -> None:
         """Read and encode the rows. They and their parts are the same for every ``seed``.
@@ -100,7 +102,7 @@ class Clicks:
             held_out = prior.beside(held_out, self._rates.log_odds(held_out.ids))
         self._rows = Rows(train, mapped=mapped)
         self.train = self._rows
-        self._held_out = held_out
+        self._held_out, self._last = held_out, None
         self._vocabulary = log.vocabulary
         self._time, self._label = log.schema.time, log.schema.label
         self.remark = remark.strip()
@@ -186,9 +188,18 @@ class Clicks:
         return {DOMAIN: 100 * placements(values, labels)[0]}
 
     def _scored(self, model: nn.Module) -> tuple[Tensor, Tensor]:
-        """Log-odds (N,) float32 and labels (N,) of the held-out rows, on the CPU."""
+        """Log-odds (N,) float32 and labels (N,) of the held-out rows, on the CPU.
+
+        Those of the last model asked for are kept: at the end of a run metrics, documents and page
+        want the same ones.
+        """
         _, held_out, _ = self._ready()
-        return self._log_odds(model, held_out), torch.from_numpy(held_out.labels.astype(np.int64))
+        # of the same values, and saying the same of the first rows: not only weights decide
+        first = self._log_odds(model, held_out.rows(slice(0, self.options.eval_batch)))
+        weights = _digest(model)
+        if self._last is None or self._last[0] != weights or not self._last[1].equal(first):
+            self._last = weights, first, self._log_odds(model, held_out)
+        return self._last[2].clone(), torch.from_numpy(held_out.labels.astype(np.int64))
 
     def _log_odds(self, model: nn.Module, data: Encoded) -> Tensor:
         first = next(model.parameters(), None)
@@ -257,3 +268,14 @@ class Clicks:
     def read(self, model: nn.Module, passage: dict[str, Any]) -> None:
         """There are no passages of text to read."""
         raise RequestError("the clicks task has no passages to read; look at its tables")
+
+
+def _digest(model: nn.Module) -> str:
+    """A hash of all parameters and buffers."""
+    found = hashlib.sha1(usedforsecurity=False)
+    for name, tensor in model.state_dict().items():
+        found.update(name.encode())
+        if isinstance(tensor, Tensor) and tensor.numel():
+            flat = tensor.detach().cpu().contiguous().reshape(-1)
+            found.update(flat.view(torch.uint8).numpy().data)
+    return found.hexdigest()
