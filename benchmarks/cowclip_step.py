@@ -4,7 +4,8 @@ Each kind trains on the same 65,536 rows: as 64 steps of 1,024, 8 of 8,192, one 
 of 65,536 in 8 micro-batches, whose ids are counted and clipped together. Dense gradients under
 AdamW, and sparse ones under row-wise AdamW with the decay of a table's rows made up for when they
 are read. One thread, processor time, kinds in turns. ``clip`` is the share of counting, clipping
-and its statistics in the time of a kind.
+and its statistics in the time of a kind; adding up the entries of a sparse gradient's rows is not
+in it, since the optimizer has to do so without a clip too, but has a share of its own, ``adding``.
 
     python benchmarks/cowclip_step.py [--rounds N]
 """
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from cowclip_crossover import drawn
 from record import in_turns, spread, write
 from sparing.tasks.clicks.models import ClickModel
+from sparing.updates import lookups
 from sparing.updates.cowclip import CowClip
 from sparing.updates.rowwise import RowWise
 
@@ -37,8 +39,8 @@ KINDS = {
 
 def trained(
     sparse: bool, sizes: list[int], ids: Tensor, labels: Tensor, batch: int, accumulate: int
-) -> tuple[Callable[[], None], list[float]]:
-    """A pass over all rows, and the seconds that clips took, which it adds to."""
+) -> tuple[Callable[[], None], list[tuple[float, float]]]:
+    """A pass over all rows, and the seconds that clips and sums of rows took, which it adds to."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = ClickModel("deepfm", sizes, sparse=sparse)
@@ -53,15 +55,26 @@ def trained(
         groups: list[Any] = [{"params": tables, **decay}, {"params": others, "weight_decay": 0.0}]
         optimizer = torch.optim.AdamW(groups, lr=1e-3, eps=1e-7, fused=True)
     method = CowClip.direct(model, optimizer)
-    spent: list[float] = []
+    spent: list[tuple[float, float]] = []
     clip = method.grads
+    added = [0.0]
 
     def timed(*given: Any) -> None:
         start = time.process_time()
         clip(*given)
-        spent.append(time.process_time() - start)
+        spent.append((time.process_time() - start, added[0]))
+        added[0] = 0.0
+
+    def adding(weight: Tensor) -> None:
+        start = time.process_time()
+        lookups.add_up(weight)
+        added[0] += time.process_time() - start
 
     method.grads = timed  # type: ignore[method-assign]
+    for table in method.tables:  # the hook that does it, timed
+        assert table.lookups is not None
+        table.lookups.adding.remove()
+        table.weight.register_post_accumulate_grad_hook(adding)  # type: ignore[no-untyped-call]
 
     def run() -> None:
         for done, start in enumerate(range(0, len(ids), batch), start=1):
@@ -87,10 +100,12 @@ def measure(fields: int, size: int, *, sparse: bool, rounds: int) -> dict[str, A
     for name, (_run, spent) in made.items():
         cpu = times[name]["cpu"]
         steps = len(spent) // (rounds + 1)
-        clips = [sum(spent[i : i + steps]) for i in range(steps, len(spent), steps)]
+        rounds_ = [spent[i : i + steps] for i in range(steps, len(spent), steps)]
+        clips, sums = ([sum(part[k] for part in one) for one in rounds_] for k in (0, 1))
         found[name] = {
             "rows_per_second": spread([WHOLE / s for s in cpu], 0),
             "clip": spread([c / s for c, s in zip(clips, cpu, strict=True)], 4),
+            "adding": spread([a / s for a, s in zip(sums, cpu, strict=True)], 4),
             "over_8192": spread(
                 [base / s for s, base in zip(cpu, times["8,192"]["cpu"], strict=True)], 3
             ),

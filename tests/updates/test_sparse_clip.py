@@ -171,3 +171,17 @@ def test_in_lightning(expected, tmp_path):
     trainer.fit(module, loader())
     same(module.model, expected)
     assert "clip_grad_by_norm" not in vars(trainer.precision_plugin)
+
+
+def test_micro_batches_leave_each_row_once():
+    model = Model(sparse=True)
+    optimizer = sgd(model.parameters())
+    method = CowClip.direct(model, optimizer, **TIGHT)
+    for ids, labels in zip(IDS.split(4), LABELS.split(4), strict=True):
+        loss_of(model, ids, labels).backward()
+        grad = model.table.weight.grad
+        assert grad.is_coalesced()
+        assert len(grad._values()) <= IDS.unique().numel()
+    method.remove()
+    loss_of(model, IDS, LABELS).backward()
+    assert not model.table.weight.grad.is_coalesced()

@@ -18,6 +18,7 @@ from sparing.core.clock import Clock
 from sparing.core.errors import RequestError, RunError
 from sparing.core.ledger import Ledger
 from sparing.core.method import Context, Method, ParamGroups, Setup, Signal
+from sparing.core.sparse_gradients import coalesced
 from sparing.updates import clip, crossover, direct, reduction, tables
 from sparing.updates.binding import BINS, Binding
 from sparing.updates.lagging import Readers
@@ -217,7 +218,7 @@ class CowClip(Method):
                     "gradient of l2 in rows that do not occur; use dense gradients, or "
                     'table_rule="rowwise-adamw" with table_decay'
                 )
-            grad = weight.grad = grad.coalesce()
+            grad = weight.grad = coalesced(grad)
             seen = clip.clip_sparse_(grad, weight, found, threshold)
             self._updated[table.name] = len(seen[1]), True
         else:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from sparing.core import ranks
+from sparing.core.sparse_gradients import coalesced
 from sparing.updates.occurrences import Occurrences, joined_all
 
 
@@ -56,7 +57,7 @@ def _values(weight: nn.Parameter, grad: Tensor | None, ids: Tensor) -> Tensor:
         return weight.new_zeros(ids.numel(), weight.shape[1])
     if not grad.is_sparse:
         return grad.index_select(0, ids)
-    grad = grad.coalesce()
+    grad = coalesced(grad)
     found, values = grad._indices()[0], grad._values()
     rows = weight.new_zeros(ids.numel(), weight.shape[1])
     if ids.numel() and found.numel():

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from sparing.core.checks import require_number
 from sparing.core.errors import RequestError, unknown
+from sparing.core.sparse_gradients import coalesced
 from sparing.updates.adamw import adamw_
 from sparing.updates.lagging import ROWS_AT_ONCE, Readers, catch_up_
 from sparing.updates.options import RULES
@@ -179,7 +180,7 @@ class RowWise(torch.optim.Optimizer):
     def _rows(self, group: dict[str, Any], p: Tensor) -> None:
         assert p.grad is not None
         if p.grad.is_sparse:
-            grad = p.grad.coalesce()
+            grad = coalesced(p.grad)
             ids, rows = grad._indices()[0], grad._values()
         else:
             ids = p.grad.any(dim=1).nonzero()[:, 0]
