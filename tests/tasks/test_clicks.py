@@ -21,6 +21,7 @@ from sparing.tasks.clicks.auc import auc
 from sparing.tasks.clicks.dataset import Rows, drawn
 from sparing.tasks.clicks.encoded import Encoded
 from sparing.tasks.clicks.models import ClickModel
+from sparing.tasks.clicks.read import label_of
 
 
 @pytest.fixture(scope="module")
@@ -332,6 +333,38 @@ def test_drawn_rows():
     assert drawn(whole, 100) is whole
 
 
+# ---- the label -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("columns", "label"),
+    [(["a", "Click"], "Click"), (["label", "labelled"], "label"), (["y", "x"], "y")],
+)
+def test_the_label_is_found_by_its_name(columns, label):
+    assert label_of(columns) == label
+
+
+@pytest.mark.parametrize(
+    ("columns", "why"),
+    [(["a", "b"], "a, b none is called label"), (["y", "click"], "y and click may be it")],
+)
+def test_a_label_that_is_not_plain_has_to_be_named(columns, why):
+    with pytest.raises(RequestError, match=f"label must name the column .*{why}"):
+        label_of(columns)
+
+
+def test_files_need_no_more_than_their_path(tmp_path):
+    rows = ["click,shop,price"] + [f"{i % 3 == 0:d},{i % 5},{i}.5" for i in range(400)]
+    (tmp_path / "log.csv").write_text("\n".join(rows))
+    task = Clicks(path=str(tmp_path / "log.csv"), widths=(4,))
+    task.prepare(0)
+    assert task.evaluate(task.model(0))["auc"] > 0
+    (tmp_path / "log.csv").write_text("a,b\n1,2\n")
+    task = Clicks(path=str(tmp_path / "log.csv"))
+    with pytest.raises(RequestError, match="none is called label"):
+        task.prepare(0)
+
+
 # ---- wrong requests ------------------------------------------------------------------------------
 
 
@@ -345,7 +378,6 @@ def test_drawn_rows():
         ({"model": "deepmf"}, 'unknown model "deepmf"; did you mean "deepfm"'),
         ({"label": "clicked"}, "label is for files of your own: give their path"),
         ({"test": 0.1}, "test is for files of your own"),
-        ({"path": "x.csv"}, "label must name the column"),
         ({"path": "x.csv", "label": "y", "time": "day"}, "development must say from which value"),
         (
             {"path": "x", "label": "y", "time": "d", "development": 1.5, "test": 2},

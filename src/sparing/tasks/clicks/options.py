@@ -20,10 +20,11 @@ class ClicksOptions:
 
     ``dataset``: the whole retail promotion log, or the sample of it that is shipped; both are
     split by week. Or ``path``: Parquet or CSV files of your own, or a directory of them, with the
-    column ``label`` of 0 and 1; the features are the columns ``categorical`` and ``numeric``, or,
-    if neither is named, all others by their types; ``text`` names categorical columns that only
-    look like whole numbers. With a column ``time``, rows before ``development`` are trained on and
-    those from ``test`` on are the test, in its unit; without one, both are shares of the rows,
+    column ``label`` of 0 and 1 (if left out, the one called label, click, target or alike); the
+    features are the columns ``categorical`` and ``numeric``, or, if neither is named, all others
+    by their types; ``text`` names categorical columns that only look like whole numbers. With a
+    column ``time``, rows before ``development`` are trained on and those from ``test`` on are the
+    test, in its unit; without one, both are shares of the rows,
     drawn by hash. ``split``: evaluate on the ``test`` rows, or, to choose settings by, on the
     ``development`` rows; neither is trained on in either case.
 
@@ -105,8 +106,6 @@ class ClicksOptions:
                         f"since the columns and parts of {self.dataset} are known"
                     )
             return
-        if not self.label:
-            raise RequestError("label must name the column of 0 and 1 that is to be predicted")
         for name in ("development", "test"):
             value = getattr(self, name)
             if self.time is not None and value is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, final
@@ -29,6 +29,7 @@ from sparing.tasks.clicks.vocabulary import Vocabulary
 FORMAT: Final = 1
 Hold = Literal["auto", "memory", "disk", "stream"]
 HOLDS: Final = ("auto", "memory", "disk", "stream")
+LABELS: Final = ("label", "click", "clicks", "clicked", "is_click", "target", "converted", "y")
 _FEW: Final = 32
 """With fewer row groups than this, reading them in random order does not mix rows well enough."""
 
@@ -121,7 +122,7 @@ def read(
 
 def find_schema(
     path: str | Path,
-    label: str,
+    label: str | None = None,
     *,
     categorical: Sequence[str] = (),
     numeric: Sequence[str] = (),
@@ -133,13 +134,16 @@ def find_schema(
     Texts, whole numbers and truth values become categorical, numbers with a point numeric, and
     all else (dates, lists) is left out, unless ``categorical`` and ``numeric`` say otherwise: name
     counts there, which look like ids. The time column is left out of the features, since what
-    is held out by time has values of it that training has not.
+    is held out by time has values of it that training has not. Without ``label`` it is the one
+    column that is called as labels are (``LABELS``).
 
     Raises RequestError if the label is not there, or nothing to learn from.
     """
     import pyarrow as pa
 
     types = column_types(path, header=header)
+    if label is None:
+        label = label_of(types)
     for name in (label, *categorical, *numeric, *(() if time is None else (time,))):
         if name not in types:
             raise unknown("column", name, types)
@@ -162,6 +166,19 @@ def find_schema(
         numeric=tuple(found["numeric"]),
         time=time,
         header=tuple(header),
+    )
+
+
+def label_of(columns: Iterable[str]) -> str:
+    """The one column that is called as labels are; RequestError if none is, or several are."""
+    columns = list(columns)
+    likely = [name for name in columns if name.lower() in LABELS]
+    if len(likely) == 1:
+        return likely[0]
+    why = f"{' and '.join(likely)} may be it" if likely else f"none is called {LABELS[0]} or alike"
+    raise RequestError(
+        "label must name the column of 0 and 1 that is to be predicted; of the columns "
+        f"{', '.join(columns)} {why}"
     )
 
 

@@ -12,9 +12,10 @@ import numpy as np
 from sparing.core.errors import RequestError
 from sparing.tasks.clicks import promotions
 from sparing.tasks.clicks.encoded import Encoded
+from sparing.tasks.clicks.files import column_types
 from sparing.tasks.clicks.held import Streamed
 from sparing.tasks.clicks.options import ClicksOptions
-from sparing.tasks.clicks.read import ClickLog, find_schema, read
+from sparing.tasks.clicks.read import ClickLog, find_schema, label_of, read
 from sparing.tasks.clicks.schema import Schema
 from sparing.tasks.clicks.split import ByHash, ByTime, Split
 
@@ -73,10 +74,9 @@ def _read(path: Any, schema: Schema, split: Split, options: ClicksOptions) -> Cl
 
 def _schema(options: ClicksOptions) -> Schema:
     assert options.path is not None
-    assert options.label is not None
     if options.categorical or options.numeric:
         return Schema(
-            label=options.label,
+            label=options.label or label_of(column_types(options.path)),
             categorical=options.categorical,
             numeric=options.numeric,
             time=options.time,
