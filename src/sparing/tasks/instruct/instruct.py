@@ -11,13 +11,12 @@ from typing import Any, ClassVar, final
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from sparing.core.errors import RequestError, nearest, unknown
 from sparing.core.modes import evaluating
-from sparing.core.state import replacing
 from sparing.core.task import Samples
+from sparing.tasks import causal
 from sparing.tasks.instruct import derived, reference, rows, templates
 from sparing.tasks.instruct.examples import Examples
 from sparing.tasks.instruct.options import InstructOptions
@@ -168,8 +167,7 @@ class Instruct:
     def documents(self, model: nn.Module) -> dict[str, Tensor]:
         """The loss of each held-out example, by source: (n,) float64 each, on the CPU."""
         held = self._ready()[1]
-        first = next(model.parameters(), None)
-        device = torch.device("cpu") if first is None else first.device
+        device = causal.device_of(model)
         parts = []
         with evaluating(model):
             for index in torch.split(torch.arange(len(held)), self.options.eval_batch):
@@ -194,19 +192,11 @@ class Instruct:
 
     def export(self, model: nn.Module, path: Path) -> None:
         """Write a model without experts as transformers reads it, whole or not at all."""
-        saved: Any = model
-        with replacing(path) as aside:
-            saved.save_pretrained(aside)
+        causal.export(model, path)
 
     def load(self, path: Path) -> nn.Module:
         """What ``export`` wrote, in evaluation mode. Raises RequestError if it cannot be read."""
-        from transformers import AutoModelForCausalLM
-
-        try:
-            model: nn.Module = AutoModelForCausalLM.from_pretrained(path, local_files_only=True)
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
-            raise RequestError(f"there is no whole model in {path}: {error}") from error
-        return model.eval()
+        return causal.exported(path)
 
     def page(self, model: nn.Module, seed: int) -> dict[str, Any]:
         """A table of sources, and an example of each with what the model says of it."""
@@ -240,7 +230,7 @@ class Instruct:
         """The likeliest completion, of as many tokens as the true one at most."""
         first = int(learnt.nonzero()[0])
         row, room = ids[None, :first].clone(), len(ids) - first
-        device = next(model.parameters()).device
+        device = causal.device_of(model)
         with evaluating(model):
             for _ in range(min(room, 48)):
                 logits = model(input_ids=row.to(device), use_cache=False).logits
