@@ -242,6 +242,12 @@ TASKS: Final[tuple[Record, ...]] = (
         summary="Instructions from many sources: small tasks of shipped texts, T0, or your files.",
         extras=("hf",),
     ),
+    Record(
+        name="continued",
+        target="sparing.tasks.continued:Continued",
+        summary="A trained causal model goes on training, on domains of text or what it writes itself.",
+        extras=("hf",),
+    ),
 )
 
 OPTIMIZERS: Final[tuple[Record, ...]] = (
