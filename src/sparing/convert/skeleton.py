@@ -108,7 +108,7 @@ def skeleton(directory: str | Path, family: Family | None = None) -> Skeleton:
     for block in blocks:
         _ = block.activation  # raises if experts lack it
     state = model.state_dict(keep_vars=True)
-    aliases = _aliases(state)
+    aliases = aliases_of(state)
     names = _names(state, aliases, shards, getattr(model, "base_model_prefix", ""))
     source: Source = shards
     why = None
@@ -169,7 +169,8 @@ def _empty(directory: Path, body: Mapping[str, Any]) -> tuple[Any, nn.Module]:
     return config, model.eval()
 
 
-def _aliases(state: Mapping[str, Tensor]) -> dict[str, str]:
+def aliases_of(state: Mapping[str, Tensor]) -> dict[str, str]:
+    """Names in a state dict that are tied to an earlier one, by name."""
     kept: dict[int, str] = {}
     found: dict[str, str] = {}
     for name, tensor in state.items():

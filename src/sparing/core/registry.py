@@ -126,6 +126,14 @@ METHODS: Final[tuple[Record, ...]] = (
         card="relu",
     ),
     Record(
+        name="convert",
+        target="sparing.convert.method:Convert",
+        summary="Makes experts of a trained dense model's feed-forward blocks, then trains on.",
+        paper="arXiv 2406.16554",
+        extras=("hf",),
+        card="convert",
+    ),
+    Record(
         name="infobatch",
         target="sparing.samples.infobatch:InfoBatch",
         summary="Leaves out a random part of the well learned samples, and weighs up the rest.",
@@ -245,7 +253,7 @@ TASKS: Final[tuple[Record, ...]] = (
     Record(
         name="continued",
         target="sparing.tasks.continued:Continued",
-        summary="A trained causal model goes on training, on domains of text or what it writes itself.",
+        summary="A trained causal model goes on training, on text by domain or of its own writing.",
         extras=("hf",),
     ),
 )

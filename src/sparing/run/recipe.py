@@ -87,16 +87,20 @@ class Train:
 @final
 @dataclass(frozen=True, kw_only=True)
 class Watch:
-    """How often a run looks up, as shares of its steps: evaluations, checkpoints, log lines."""
+    """How often a run looks up, as shares of its steps: evaluations, checkpoints, log lines.
+
+    start: whether it evaluates before the first step too.
+    """
 
     evaluate: float = 0.125
     checkpoint: float = 0.1
     log: float = 0.005
+    start: bool = False
 
     def __post_init__(self) -> None:
-        for f in fields(self):
-            if not 0 < getattr(self, f.name) <= 1:
-                raise RequestError(f"watch.{f.name} must be in (0, 1], got {getattr(self, f.name)}")
+        for name in ("evaluate", "checkpoint", "log"):
+            if not 0 < getattr(self, name) <= 1:
+                raise RequestError(f"watch.{name} must be in (0, 1], got {getattr(self, name)}")
 
 
 @final
