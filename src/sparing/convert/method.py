@@ -48,6 +48,7 @@ class Convert(Method):
         super().__init__(**options)
         self.experts: RoutedExperts | None = None
         self._told: list[str] = []
+        self._cut: tuple[int, int] | None = None  # parameters after and before, without experts
         self._waiting: dict[str, Any] | None = None
 
     def prepare(self, model: nn.Module, setup: Setup) -> nn.Module:
@@ -89,7 +90,9 @@ class Convert(Method):
         elif options.reads:
             batches, looked = batches_of(setup, wanted.sequences), Looked(model, setup)
         if options.method == CUT:
+            before = _count(model)
             kept = cut_(model, wanted.active / wanted.experts, batches, looked)
+            self._cut = (_count(model), before)
             self._told = [f"{path}: cut to {count} hidden units" for path, count in kept.items()]
         else:
             self.experts, decisions = convert_(model, wanted, batches, looked)
@@ -137,6 +140,8 @@ class Convert(Method):
     def account(self, ledger: Ledger) -> None:
         if self.experts is not None:
             self.experts.account(ledger)
+        elif self._cut is not None:
+            ledger.set_level("active_parameters", spent=self._cut[0], dense=self._cut[1])
 
     def signals(self) -> dict[str, Signal]:
         return {} if self.experts is None else self.experts.signals()
@@ -170,6 +175,10 @@ class Convert(Method):
             self._waiting = state["experts"]
         elif state["experts"] is not None:
             self.experts.load_state_dict(state["experts"])
+
+
+def _count(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
 
 
 def _dense(path: Path) -> nn.Module:
