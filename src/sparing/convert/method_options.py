@@ -74,4 +74,6 @@ class ConvertOptions:
         given = {f.name: getattr(self, f.name) for f in fields(self) if f.name in own}
         if self.method in OTHER:
             given["method"] = "random"
-        return Conversion(**{**given, "form": "sparing", "seed": seed if self.seed is None else self.seed})
+        return Conversion(
+            **{**given, "form": "sparing", "seed": seed if self.seed is None else self.seed}
+        )
