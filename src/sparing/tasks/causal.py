@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from safetensors import SafetensorError
@@ -14,6 +14,8 @@ from sparing.core import registry
 from sparing.core.errors import RequestError
 from sparing.core.quiet import quietly
 from sparing.core.state import replacing
+
+STORIES: Final = "stories260k"
 
 
 def export(model: nn.Module, path: Path) -> None:
@@ -74,8 +76,13 @@ def pretrained(path: str | Path) -> nn.Module:
 
 
 def directory(path: str | Path) -> Path:
-    """The path, if a Hugging Face model with weights is there; else RequestError says what is."""
+    """The path, if a Hugging Face model with weights is there; else RequestError says what is.
+
+    The name ``stories260k`` is the trained model that is shipped, unless there is such a path.
+    """
     folder = Path(path)
+    if str(path) == STORIES and not folder.exists():
+        folder = Path(__file__).parent / "language" / "data" / STORIES
     if not (folder / "config.json").is_file():
         raise RequestError(
             f"there is no model in {path}; give the directory of a trained Hugging Face model, "
@@ -101,20 +108,23 @@ def tokenizer_of(path: str | Path) -> Any:
         raise RequestError(f"there is no tokenizer in {path}: {error}") from error
 
 
-def check_vocabulary(model: nn.Module, tokenizer: Any, where: str) -> None:
-    """RequestError if the tokenizer has tokens that the model lacks."""
+def check_vocabulary(model: nn.Module, tokens: int, where: str) -> None:
+    """RequestError if a tokenizer of so many tokens has more than the model knows."""
     size = getattr(getattr(model, "config", None), "vocab_size", None)
-    if isinstance(size, int) and len(tokenizer) > size:
+    if isinstance(size, int) and tokens > size:
         raise RequestError(
-            f"the tokenizer in {where} has {len(tokenizer)} tokens, and the model knows {size}; "
-            "take the tokenizer that belongs to the model"
+            f"the tokenizer has {tokens} tokens, and the model in {where} knows {size}; take the "
+            "tokenizer that belongs to the model"
         )
 
 
-def longest(model: nn.Module) -> int | None:
-    """The most tokens that the model takes, None where it does not say."""
-    found = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    return found if isinstance(found, int) else None
+def check_length(model: nn.Module, length: int, where: str) -> None:
+    """RequestError if sequences of this length are longer than the model takes."""
+    most = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if isinstance(most, int) and most < length:
+        raise RequestError(
+            f"seq_len {length} does not fit: the model in {where} takes at most {most} positions"
+        )
 
 
 def nothing(path: Path) -> nn.Module:

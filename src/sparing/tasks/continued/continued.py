@@ -23,7 +23,6 @@ from sparing.tasks.continued.texts import split_of, windows
 from sparing.tasks.language import corpus
 from sparing.tasks.unprepared import Unprepared
 
-SHIPPED = Path(__file__).parents[1] / "language" / "data" / "stories260k"
 _SHOWN, _PROMPT = 200, 16
 _HELD_SEED = {"final": 1_000_003, "development": 2_000_003}
 """Added to the seed of what the model writes: held-out text is drawn apart."""
@@ -85,8 +84,8 @@ class Continued:
 
     @property
     def folder(self) -> Path:
-        """Where the trained model is."""
-        return SHIPPED if self.options.model is None else Path(self.options.model)
+        """Where the trained model is. Raises RequestError if it has no weights there."""
+        return causal.directory(self.options.model)
 
     def prepare(self, seed: int) -> None:
         """Read and tokenise the texts, and let the model write; the same for every ``seed``.
@@ -94,7 +93,6 @@ class Continued:
         Raises RequestError for a directory without a whole model or tokenizer, for windows longer
         than it takes, and for text that cannot be read or has less than one window.
         """
-        causal.directory(self.folder)
         self._tokenizer = causal.tokenizer_of(self.folder)
         train, held = [], []
         model: nn.Module | None = None
@@ -137,14 +135,9 @@ class Continued:
         ]
 
     def _fitting(self, model: nn.Module) -> nn.Module:
-        most = causal.longest(model)
-        if most is not None and most < self.options.seq_len:
-            raise RequestError(
-                f"seq_len {self.options.seq_len} does not fit: the model in {self.folder} takes "
-                f"at most {most} positions"
-            )
+        causal.check_length(model, self.options.seq_len, str(self.folder))
         if self._tokenizer is not None:
-            causal.check_vocabulary(model, self._tokenizer, str(self.folder))
+            causal.check_vocabulary(model, len(self._tokenizer), str(self.folder))
         return model
 
     def _ready(self) -> tuple[Windows, Windows]:

@@ -8,6 +8,7 @@ from typing import Literal, final
 
 from sparing.core.checks import require_number, require_whole
 from sparing.core.errors import RequestError, unknown
+from sparing.tasks.causal import STORIES
 from sparing.tasks.language.corpus import DOMAINS
 
 OWN = "own"
@@ -19,8 +20,8 @@ OWN = "own"
 class ContinuedOptions:
     """Model, data and evaluation of continued pre-training.
 
-    ``model``: the directory of a trained causal language model with its tokenizer; None: the small
-    model of stories that is shipped. ``domains``: ``own``, text that the model draws from its
+    ``model``: the directory of a trained causal language model with its tokenizer; ``stories260k``
+    is shipped. ``domains``: ``own``, text that the model draws from its
     first token at ``temperature``, ``shakespeare``, ``gsm8k`` and ``python``, which are shipped
     with the language task, and the names in ``files``: your own, plain text or JSON lines with
     ``text``, of which the last tenth is held out. ``windows``: of each domain to train on, at
@@ -33,7 +34,7 @@ class ContinuedOptions:
     Raises RequestError for what does not fit together.
     """
 
-    model: str | None = None
+    model: str = STORIES
     domains: tuple[str, ...] = (OWN, "shakespeare", "gsm8k")
     files: Mapping[str, str] | None = None
     split: Literal["final", "development"] = "final"

@@ -41,8 +41,8 @@ class Instruct:
     metric: ClassVar[str] = "completion_loss"
     higher_is_better: ClassVar[bool] = False
     evaluation: ClassVar[tuple[str, ...]] = (
-        "dataset", "files", "sources", "per_source", "split", "held_out", "tokenizer", "seq_len",
-        "eval_examples",
+        "dataset", "files", "sources", "per_source", "split", "held_out", "model", "tokenizer",
+        "seq_len", "eval_examples",
     )  # fmt: skip
     domain_name: ClassVar[str] = "source"
     about_metric: ClassVar[str] = (
@@ -71,7 +71,9 @@ class Instruct:
         for chat with a tokenizer that has no template.
         """
         options = self.options
-        if options.tokenizer is not None:
+        if options.model is not None:
+            self.tokens = HubTokens(options.tokenizer or str(causal.directory(options.model)))
+        elif options.tokenizer is not None:
             self.tokens = HubTokens(options.tokenizer)
         parts = self._parts()
         self.domains = tuple(parts)
@@ -114,10 +116,19 @@ class Instruct:
         return self._train, self._held
 
     def model(self, seed: int) -> nn.Module:
-        """A freshly initialised ``LlamaForCausalLM``; the global generators stay as they were."""
+        """A fresh ``LlamaForCausalLM``, or the trained model that the options name.
+
+        The global generators stay as they were. Raises RequestError for a directory without a
+        whole model, and for one whose vocabulary or longest sequence does not fit.
+        """
+        shape = self.options
+        if shape.model is not None:
+            trained = causal.pretrained(shape.model)
+            causal.check_vocabulary(trained, self.tokens.size, shape.model)
+            causal.check_length(trained, shape.seq_len, shape.model)
+            return trained.train()
         from transformers import LlamaConfig, LlamaForCausalLM
 
-        shape = self.options
         config = LlamaConfig(
             vocab_size=self.tokens.size,
             hidden_size=shape.dim,
