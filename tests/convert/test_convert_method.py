@@ -24,7 +24,7 @@ from sparing.core.errors import RequestError
 from sparing.core.method import Setup, arrange
 from sparing.experts.families import feed_forwards
 from sparing.experts.layer import expert_layers
-from sparing.run import runner
+from sparing.run import plan, runner
 from sparing.run.report.read import read
 from sparing.run.report.recovery import recovery
 from sparing.tasks.continued import Continued
@@ -206,6 +206,13 @@ def test_a_run_begins_at_the_converted_checkpoints_loss_and_its_page_says_so(
     trained = sparing.load(tmp_path / "run")
     assert len(expert_layers(trained)) == 5
     assert task.evaluate(trained)["nats_per_token"] == pytest.approx(found.value, abs=1e-6)
+
+
+def test_a_plan_tells_what_is_converted():
+    made = plan.plan(short())
+    assert len(made["methods"]["convert"]) == 2 * 5
+    assert "becomes 4 of 4 experts of width 44" in made["methods"]["convert"][-1]
+    assert made["flops"]["spent"] < made["flops"]["dense"]
 
 
 @pytest.mark.slow
