@@ -25,6 +25,8 @@ from sparing.core.method import Setup, arrange
 from sparing.experts.families import feed_forwards
 from sparing.experts.layer import expert_layers
 from sparing.run import plan, runner
+from sparing.run.compare.arms import as_overrides
+from sparing.run.recipe import load as load_recipe
 from sparing.run.report.read import read
 from sparing.run.report.recovery import recovery
 from sparing.tasks.continued import Continued
@@ -206,6 +208,26 @@ def test_a_run_begins_at_the_converted_checkpoints_loss_and_its_page_says_so(
     trained = sparing.load(tmp_path / "run")
     assert len(expert_layers(trained)) == 5
     assert task.evaluate(trained)["nats_per_token"] == pytest.approx(found.value, abs=1e-6)
+
+
+@pytest.mark.parametrize("preset", [None, "own"])
+def test_the_arms_of_the_comparison_are_sets_of_options(preset: str | None):
+    kinds = {}
+    for name, arm in load_recipe("language-convert").arms.items():
+        made = load_recipe("language-convert", as_overrides(arm.set), preset=preset)
+        methods = {method.name: method for method in made.build_methods()}
+        assert methods["mix"].options.rule == (
+            "gate-load" if preset is None and name in ("converted", "published") else "uniform"
+        )
+        kinds[name] = methods["convert"].options if "convert" in methods else None
+    assert kinds["dense"] is None
+    assert kinds["cut"].method == "cut"
+    published = kinds["published"]
+    assert (published.method, published.scale, published.gate) == ("random", "published", "random")
+    assert not published.reads
+    assert kinds["converted"] == kinds["uniform"]
+    active = {(k.experts, k.active) for k in kinds.values() if k is not None}
+    assert active == {(8, 2)}
 
 
 def test_a_plan_tells_what_is_converted():
