@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sparing.convert.method import Convert as Convert
     from sparing.core.clock import Clock as Clock
     from sparing.core.errors import RequestError as RequestError
     from sparing.core.errors import RunError as RunError
@@ -74,6 +75,7 @@ _HOMES = {
     "Clock": "core.clock",
     "Comparison": "run.compare.finished",
     "Context": "core.method",
+    "Convert": "convert.method",
     "Coreset": "samples.coreset",
     "CowClip": "updates.cowclip",
     "ExpertChoice": "experts.expert_choice",
@@ -136,6 +138,7 @@ __all__ = [
     "Clock",
     "Comparison",
     "Context",
+    "Convert",
     "Coreset",
     "CowClip",
     "ExpertChoice",

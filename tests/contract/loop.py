@@ -102,6 +102,26 @@ CASES: dict[str, list[dict[str, Any]]] = {
         {"rule": "random", "every": 2, "weights": [3, 1]},
     ],
     "coreset": [{}, {"ratio": 0.3, "hard": False}],
+    "convert": [
+        {},
+        {
+            "experts": 4,
+            "method": "coactivation",
+            "gate": "distilled",
+            "compensate": "mean",
+            "sequences": 8,
+        },
+        {"experts": 4, "method": "gradient", "residual": 1, "clusters": "tokens", "sequences": 8},
+        {"experts": 3, "method": "cut", "active": 1, "sequences": 8},
+        {
+            "experts": 4,
+            "router": "dynmoe",
+            "text": "own",
+            "scale": "calibrated",
+            "sequences": 4,
+            "length": 8,
+        },
+    ],
     "sparse-adapter": [
         {},
         {"kind": "lora", "rank": 4, "targets": "all-linear", "keep": 0.3, "scope": "layer"},

@@ -44,7 +44,8 @@ def test_a_resolved_recipe_leaves_nothing_to_defaults(tmp_path):
     assert recipe.name == "mine"
     plain = recipe.to_dict()
     assert plain["train"]["optimizer"] == "adamw"
-    assert plain["watch"] == {"evaluate": 0.125, "checkpoint": 0.1, "log": 0.005}
+    expected = {"evaluate": 0.125, "checkpoint": 0.1, "log": 0.005, "start": False}
+    assert plain["watch"] == expected
     assert plain["task"]["vocab"] == 256
     assert plain["task"]["domains"] == ["shakespeare", "gsm8k", "python"]
     assert plain["methods"]["dynmoe"]["adapt"]["every"] == 100

@@ -367,3 +367,12 @@ def test_the_recipe_runs_and_its_page_shows_weights_and_losses_by_source(tmp_pat
     assert "Which sources it drew from" in page
     assert "missing word" in page
     assert "Nothing about experts was recorded" not in page
+
+
+def test_a_preset_that_takes_a_method_out_keeps_it_out_of_the_smoke_run():
+    from sparing.run import recipe
+
+    small = recipe.load("instruct-mix", preset="converted", smoke=True)
+    assert list(small.methods) == ["mix", "convert"]
+    assert small.methods["mix"]["every"] == 10
+    assert recipe.load("instruct-mix", smoke=True).methods["top-k"]["width"] == 8

@@ -17,9 +17,10 @@ from sparing.convert.native import method_of, router_seed
 from sparing.convert.options import WITH_LOSS, Conversion, plain_scale
 from sparing.convert.pieces import STRIDE, Decision
 from sparing.convert.reading import Batch, Batches, packed, texts_of, written
-from sparing.convert.skeleton import Skeleton, quietly
+from sparing.convert.skeleton import Skeleton
 from sparing.convert.split import Split, at_random, contiguous, sizes, split
 from sparing.core.errors import RequestError
+from sparing.core.quiet import quietly
 from sparing.experts.families import Block, feed_forwards
 from sparing.experts.router import Router
 
@@ -42,20 +43,30 @@ def decide(
     """A Decision for each of the chosen blocks, by path. Errors as for ``convert``."""
     given = bool(texts) or batches is not None
     if not (options.reads or given):
-        found = {}
-        for position, block in enumerate(chosen):
-            made = dealt(dense, block, position, options, None)
-            gate = _plain_gate(dense, block, position, options, made, False)
-            scale = plain_scale(options.resolved_scale(False), options)
-            assert scale is not None
-            found[block.path] = Decision(split=made, scale=scale, gate=gate)
-            told("deciding", position + 1, len(chosen))
-        return found
+        return without_data(dense, chosen, options, told)
     model = loaded(dense)
     every = {block.path: block for block in feed_forwards(model, dense.families)}
     blocks = [every[block.path] for block in chosen]
     read = _batches(dense, model, options, texts, batches)
     return from_model(dense, model, blocks, read, options, told)
+
+
+def without_data(
+    dense: Skeleton,
+    chosen: Sequence[Block],
+    options: Conversion,
+    told: Told = lambda stage, done, total: None,
+) -> dict[str, Decision]:
+    """The decisions of options that read nothing but weights."""
+    found = {}
+    for position, block in enumerate(chosen):
+        made = dealt(dense, block, position, options, None)
+        gate = _plain_gate(dense, block, position, options, made, False)
+        scale = plain_scale(options.resolved_scale(False), options)
+        assert scale is not None
+        found[block.path] = Decision(split=made, scale=scale, gate=gate)
+        told("deciding", position + 1, len(chosen))
+    return found
 
 
 def from_model(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparing.core.decoding import continued, first_token
 from sparing.core.errors import RequestError
+from sparing.core.lines import numbered_json
 
 Batch = Mapping[str, Tensor]
 Batches = Iterable[Batch]
@@ -33,12 +34,10 @@ def texts_of(files: Sequence[str | Path]) -> list[str]:
         if file.suffix not in (".jsonl", ".ndjson"):
             found.append(body)
             continue
-        for number, line in enumerate(body.splitlines(), 1):
-            if not line.strip():
-                continue
+        for number, row in numbered_json(file):
             try:
-                found.append(str(json.loads(line)["text"]))
-            except (ValueError, KeyError, TypeError) as error:
+                found.append(str(row["text"]))
+            except (KeyError, TypeError) as error:
                 raise RequestError(
                     f'{file}, line {number}: expected a JSON object with "text" ({error!r})'
                 ) from error
@@ -67,7 +66,6 @@ def in_batches(ids: Tensor) -> list[Batch]:
     return [{"input_ids": part, "labels": part} for part in torch.split(ids, ROWS)]
 
 
-@torch.no_grad()
 def written(model: Any, sequences: int, length: int, seed: int) -> list[Batch]:
     """What a causal model writes itself, from its first token, by its own probabilities.
 
@@ -79,21 +77,12 @@ def written(model: Any, sequences: int, length: int, seed: int) -> list[Batch]:
             f"a {type(model).__name__} writes no text to calibrate on; give texts (--text FILE) or "
             f"batches, or take a method, gate and scale that need none"
         )
-    first = next(
-        (t for t in (config.bos_token_id, config.eos_token_id) if isinstance(t, int)), None
-    )
-    if first is None:
-        raise RequestError(
-            "the model names no first token; give texts to calibrate on: --text FILE"
-        )
+    try:
+        first = first_token(config)
+    except RequestError as error:
+        raise RequestError(f"{error}; give texts to calibrate on: --text FILE") from error
     length = min(length, getattr(config, "max_position_embeddings", length) or length)
     generator = torch.Generator().manual_seed(seed)
     rows = torch.full((sequences, 1), first)
-    past, last = None, rows
-    for _ in range(length - 1):
-        out = model(input_ids=last, past_key_values=past, use_cache=True)
-        past = out.past_key_values
-        chances = out.logits[:, -1].float().softmax(-1)
-        last = torch.multinomial(chances, 1, generator=generator)
-        rows = torch.cat([rows, last], 1)
-    return in_batches(rows)
+    drawn = continued(model, rows, length - 1, generator=generator)
+    return in_batches(torch.cat([rows, drawn], 1))

@@ -126,6 +126,14 @@ METHODS: Final[tuple[Record, ...]] = (
         card="relu",
     ),
     Record(
+        name="convert",
+        target="sparing.convert.method:Convert",
+        summary="Makes experts of a trained dense model's feed-forward blocks, then trains on.",
+        paper="arXiv 2406.16554",
+        extras=("hf",),
+        card="convert",
+    ),
+    Record(
         name="infobatch",
         target="sparing.samples.infobatch:InfoBatch",
         summary="Leaves out a random part of the well learned samples, and weighs up the rest.",
@@ -240,6 +248,12 @@ TASKS: Final[tuple[Record, ...]] = (
         name="instruct",
         target="sparing.tasks.instruct:Instruct",
         summary="Instructions from many sources: small tasks of shipped texts, T0, or your files.",
+        extras=("hf",),
+    ),
+    Record(
+        name="continued",
+        target="sparing.tasks.continued:Continued",
+        summary="A trained causal model goes on training, on text by domain or of its own writing.",
         extras=("hf",),
     ),
 )

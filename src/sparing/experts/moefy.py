@@ -70,7 +70,7 @@ def moefy_(
             "weighs the two, residual_coefficient=True, or fresh experts with zero_output=True"
         )
     for block in chosen:
-        _admit(block, experts, width, options.residual)
+        admit(block, experts, width, options.residual)
         sizes[block.path] = _width(block, method, experts, width)
     return place_(model, method, sizes, experts=experts, noise=noise, seed=seed)
 
@@ -212,7 +212,7 @@ def _choose(model: nn.Module, where: Where) -> list[Block]:
     return [blocks[path] for path in chosen]
 
 
-def _admit(block: Block, experts: str, width: int | None, residual: bool) -> None:
+def admit(block: Block, experts: str, width: int | None, residual: bool) -> None:
     """RequestError if experts cannot stand for the block."""
     block.check()
     _ = block.activation  # raises if experts lack it

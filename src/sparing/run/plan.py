@@ -31,8 +31,20 @@ def plan(recipe: Recipe) -> dict[str, Any]:
         by_epochs = train.epochs * -(-length // (train.batch_size * train.accumulate))
     budgets = [n for n in (planned_steps(recipe, task), by_epochs) if n is not None]
     steps = min(budgets)
+    order = torch.randperm(
+        len(task.train), generator=torch.Generator().manual_seed(recipe.seed)
+    ).split(train.batch_size)
+    setup = Setup(
+        seed=recipe.seed,
+        steps=steps,
+        batches=lambda: map(task.train.batch, order),
+        read=task.train.batch,
+        domain_of=task.domain_of,
+        domains=task.domains,
+        loss=lambda model, batch: task.losses(model, batch)[0].mean(),
+    )
     for method in methods:
-        model = method.prepare(model, Setup(seed=recipe.seed, steps=steps))
+        model = method.prepare(model, setup)
         method.bind(size=len(task.train), epochs=train.epochs, steps=steps, model=model)
     batch = task.train.batch(torch.arange(min(train.batch_size, len(task.train))))
     once = flops.count(model, lambda: task.losses(model, batch)[0].mean())

@@ -87,16 +87,20 @@ class Train:
 @final
 @dataclass(frozen=True, kw_only=True)
 class Watch:
-    """How often a run looks up, as shares of its steps: evaluations, checkpoints, log lines."""
+    """How often a run looks up, as shares of its steps: evaluations, checkpoints, log lines.
+
+    start: whether it evaluates before the first step too.
+    """
 
     evaluate: float = 0.125
     checkpoint: float = 0.1
     log: float = 0.005
+    start: bool = False
 
     def __post_init__(self) -> None:
-        for f in fields(self):
-            if not 0 < getattr(self, f.name) <= 1:
-                raise RequestError(f"watch.{f.name} must be in (0, 1], got {getattr(self, f.name)}")
+        for name in ("evaluate", "checkpoint", "log"):
+            if not 0 < getattr(self, name) <= 1:
+                raise RequestError(f"watch.{name} must be in (0, 1], got {getattr(self, name)}")
 
 
 @final
@@ -179,15 +183,14 @@ def load(
     body = _read(source)
     if smoke is None:
         smoke = os.environ.get("SPARING_SMOKE", "") == "1"
-    applied: list[Mapping[str, Any]] = []
     if preset is not None:
         presets = _mapping(body, "presets")
         if preset not in presets:
             raise unknown("preset", preset, map(str, presets))
-        applied.append(_mapping(presets, preset))
-    applied += [_mapping(body, "smoke")] if smoke else []
-    for settings in applied:
-        for key, value in settings.items():
+        for key, value in _mapping(presets, preset).items():
+            _set(body, str(key), copy.deepcopy(value))
+    for key, value in _mapping(body, "smoke").items() if smoke else ():
+        if not _taken_out(body, str(key)):
             _set(body, str(key), copy.deepcopy(value))
     for override in overrides:
         key, sign, text = override.partition("=")
@@ -333,6 +336,16 @@ def _set(body: dict[str, Any], key: str, value: Any) -> None:
         if not isinstance(here, dict):
             raise RequestError(f'"{key}" goes below {parent}, which is {here!r} and has no keys')
     here[last] = value
+
+
+def _taken_out(body: Mapping[str, Any], key: str) -> bool:
+    """Whether the key goes below a method that a preset took out, by null."""
+    here: Any = body
+    for parent in key.split(".")[:-1]:
+        if not isinstance(here, Mapping) or parent not in here:
+            return False
+        here = here[parent]
+    return here is None
 
 
 def _number(value: Any) -> Any:

@@ -184,6 +184,8 @@ class _Run:
         watch = self.recipe.watch
         due = Due(watch, clock)
         self.display.start(self.recipe.name, steps, clock.step)
+        if watch.start and clock.step == 0:
+            self._evaluate()
         begun, before = time.monotonic(), self.seconds
         lately = self.lately
         try:

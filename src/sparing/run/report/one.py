@@ -16,6 +16,7 @@ from sparing.run.report import (
     layers,
     mixture,
     passages,
+    recovery,
     tables,
     words,
 )
@@ -64,6 +65,7 @@ def write(run_dir: Path) -> Path:
         kept=kept.kept(run),
         clipped=clipped.clipped(run),
         mixture=mixture.mixture(run),
+        recovery=recovery.recovery(run),
         domain_name=run.domain_name,
         command=command,
         command_note=note,

@@ -11,13 +11,12 @@ from typing import Any, ClassVar, final
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from sparing.core.errors import RequestError, nearest, unknown
 from sparing.core.modes import evaluating
-from sparing.core.state import replacing
 from sparing.core.task import Samples
+from sparing.tasks import causal
 from sparing.tasks.instruct import derived, reference, rows, templates
 from sparing.tasks.instruct.examples import Examples
 from sparing.tasks.instruct.options import InstructOptions
@@ -42,8 +41,8 @@ class Instruct:
     metric: ClassVar[str] = "completion_loss"
     higher_is_better: ClassVar[bool] = False
     evaluation: ClassVar[tuple[str, ...]] = (
-        "dataset", "files", "sources", "per_source", "split", "held_out", "tokenizer", "seq_len",
-        "eval_examples",
+        "dataset", "files", "sources", "per_source", "split", "held_out", "model", "tokenizer",
+        "seq_len", "eval_examples",
     )  # fmt: skip
     domain_name: ClassVar[str] = "source"
     about_metric: ClassVar[str] = (
@@ -72,7 +71,9 @@ class Instruct:
         for chat with a tokenizer that has no template.
         """
         options = self.options
-        if options.tokenizer is not None:
+        if options.model is not None:
+            self.tokens = HubTokens(options.tokenizer or str(causal.directory(options.model)))
+        elif options.tokenizer is not None:
             self.tokens = HubTokens(options.tokenizer)
         parts = self._parts()
         self.domains = tuple(parts)
@@ -115,10 +116,19 @@ class Instruct:
         return self._train, self._held
 
     def model(self, seed: int) -> nn.Module:
-        """A freshly initialised ``LlamaForCausalLM``; the global generators stay as they were."""
+        """A fresh ``LlamaForCausalLM``, or the trained model that the options name.
+
+        The global generators stay as they were. Raises RequestError for a directory without a
+        whole model, and for one whose vocabulary or longest sequence does not fit.
+        """
+        shape = self.options
+        if shape.model is not None:
+            trained = causal.pretrained(shape.model)
+            causal.check_vocabulary(trained, self.tokens.size, shape.model)
+            causal.check_length(trained, shape.seq_len, shape.model)
+            return trained.train()
         from transformers import LlamaConfig, LlamaForCausalLM
 
-        shape = self.options
         config = LlamaConfig(
             vocab_size=self.tokens.size,
             hidden_size=shape.dim,
@@ -168,8 +178,7 @@ class Instruct:
     def documents(self, model: nn.Module) -> dict[str, Tensor]:
         """The loss of each held-out example, by source: (n,) float64 each, on the CPU."""
         held = self._ready()[1]
-        first = next(model.parameters(), None)
-        device = torch.device("cpu") if first is None else first.device
+        device = causal.device_of(model)
         parts = []
         with evaluating(model):
             for index in torch.split(torch.arange(len(held)), self.options.eval_batch):
@@ -194,19 +203,11 @@ class Instruct:
 
     def export(self, model: nn.Module, path: Path) -> None:
         """Write a model without experts as transformers reads it, whole or not at all."""
-        saved: Any = model
-        with replacing(path) as aside:
-            saved.save_pretrained(aside)
+        causal.export(model, path)
 
     def load(self, path: Path) -> nn.Module:
         """What ``export`` wrote, in evaluation mode. Raises RequestError if it cannot be read."""
-        from transformers import AutoModelForCausalLM
-
-        try:
-            model: nn.Module = AutoModelForCausalLM.from_pretrained(path, local_files_only=True)
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
-            raise RequestError(f"there is no whole model in {path}: {error}") from error
-        return model.eval()
+        return causal.exported(path)
 
     def page(self, model: nn.Module, seed: int) -> dict[str, Any]:
         """A table of sources, and an example of each with what the model says of it."""
@@ -240,7 +241,7 @@ class Instruct:
         """The likeliest completion, of as many tokens as the true one at most."""
         first = int(learnt.nonzero()[0])
         row, room = ids[None, :first].clone(), len(ids) - first
-        device = next(model.parameters()).device
+        device = causal.device_of(model)
         with evaluating(model):
             for _ in range(min(room, 48)):
                 logits = model(input_ids=row.to(device), use_cache=False).logits

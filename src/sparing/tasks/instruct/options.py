@@ -24,9 +24,12 @@ class InstructOptions:
     some of them only. ``per_source``: training examples of each at most (None: all).
     ``split``: evaluate on ``final`` held-out examples, or on ``development`` ones. ``held_out``:
     share of the examples of each part in ``files``.
-    ``tokenizer``: the path of a Hugging Face tokenizer, whose chat template is used; None: bytes.
+    ``model``: the directory of a trained causal model to start from, dense or of experts, or
+    ``stories260k``, which is shipped; None: a fresh one of the shape below.
+    ``tokenizer``: the path of a Hugging Face tokenizer, whose chat template is used; None: that
+    of ``model``, or bytes.
     ``seq_len``: tokens of an example at most, and of a packed row. ``pack``: put several examples
-    into a row; they do not see each other. The model is a transformer of the LLaMA architecture,
+    into a row; they do not see each other. A fresh model is a transformer of the LLaMA kind,
     ``dim`` wide, ``layers`` deep, with ``heads`` heads and feed-forward blocks ``width`` wide.
     ``eval_examples`` of each source are scored, ``eval_batch`` at a time.
 
@@ -39,6 +42,7 @@ class InstructOptions:
     per_source: int | None = None
     split: str = "final"
     held_out: float = 0.1
+    model: str | None = None
     tokenizer: str | None = None
     seq_len: int = 192
     pack: bool = True

@@ -10,13 +10,12 @@ from typing import Any, ClassVar, final
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from sparing.core.errors import RequestError, nearest
 from sparing.core.modes import evaluating
-from sparing.core.state import replacing
 from sparing.core.task import Samples
+from sparing.tasks import causal
 from sparing.tasks.language import corpus, reference
 from sparing.tasks.language.dataset import Windows, held_out_windows, passages
 from sparing.tasks.language.options import BYTES, LanguageOptions
@@ -172,7 +171,7 @@ class Language:
     def documents(self, model: nn.Module) -> dict[str, Tensor]:
         """Bits per byte of each held-out window, by domain: (n,) float64 each, on the CPU."""
         self._ready()
-        device = _device(model)
+        device = causal.device_of(model)
         found: dict[str, Tensor] = {}
         with evaluating(model):
             for name, (_, windows) in self._held_out.items():
@@ -186,19 +185,11 @@ class Language:
 
     def export(self, model: nn.Module, path: Path) -> None:
         """Write a model without experts as transformers reads it, whole or not at all."""
-        saved: Any = model
-        with replacing(path) as aside:
-            saved.save_pretrained(aside)
+        causal.export(model, path)
 
     def load(self, path: Path) -> nn.Module:
         """What ``export`` wrote, in evaluation mode. Raises RequestError if it cannot be read."""
-        from transformers import AutoModelForCausalLM
-
-        try:
-            model: nn.Module = AutoModelForCausalLM.from_pretrained(path, local_files_only=True)
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
-            raise RequestError(f"there is no whole language model in {path}: {error}") from error
-        return model.eval()
+        return causal.exported(path)
 
     def references(self) -> dict[str, dict[str, float]]:
         """Bits per byte of 5-gram models and xz, by domain and ``"mean"``; see ``reference``."""
@@ -252,12 +243,7 @@ class Language:
 
     def read(self, model: nn.Module, passage: dict[str, Any]) -> None:
         """Run the model over the passage's bytes, in pieces of ``seq_len``."""
-        text = torch.tensor([passage["bytes"]], device=_device(model))  # (1, n)
+        text = torch.tensor([passage["bytes"]], device=causal.device_of(model))  # (1, n)
         with evaluating(model):
             for piece in torch.split(text, self.options.seq_len, dim=1):
                 model(input_ids=piece, use_cache=False)
-
-
-def _device(model: nn.Module) -> torch.device:
-    first = next(model.parameters(), None)
-    return torch.device("cpu") if first is None else first.device

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from sparing.core.modes import evaluating
+from sparing.core.decoding import continued
+from sparing.tasks.language.options import BYTES
 
 
 def sample(
@@ -13,23 +14,10 @@ def sample(
 ) -> Tensor:
     """Continue ``prompts`` (B, P) int64 by ``count`` bytes each: (B, count) int64 on the CPU.
 
-    Draws from its own generator, seeded with ``seed``, and decodes with the model's key-value
-    cache, one byte a step.
+    Draws from its own generator, seeded with ``seed``. A model may have more tokens than there are
+    bytes; only bytes are text.
     """
     generator = torch.Generator().manual_seed(seed)
-    first = next(model.parameters(), None)
-    device = torch.device("cpu") if first is None else first.device
-    inputs = prompts.to(device)
-    cache = None
-    drawn: list[Tensor] = []
-    with evaluating(model):
-        for _ in range(count):
-            outputs = model(input_ids=inputs, past_key_values=cache, use_cache=True)
-            cache = outputs.past_key_values
-            logits = outputs.logits[:, -1].float().cpu() / temperature  # (B, V)
-            # A model may have more tokens than there are bytes; only bytes are text.
-            chances = logits[:, :256].softmax(dim=-1)
-            following = torch.multinomial(chances, 1, generator=generator)  # (B, 1)
-            drawn.append(following)
-            inputs = following.to(device)
-    return torch.cat(drawn, dim=1)
+    return continued(
+        model, prompts, count, generator=generator, temperature=temperature, tokens=BYTES
+    )

