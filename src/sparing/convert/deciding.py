@@ -17,9 +17,10 @@ from sparing.convert.native import method_of, router_seed
 from sparing.convert.options import WITH_LOSS, Conversion, plain_scale
 from sparing.convert.pieces import STRIDE, Decision
 from sparing.convert.reading import Batch, Batches, packed, texts_of, written
-from sparing.convert.skeleton import Skeleton, quietly
+from sparing.convert.skeleton import Skeleton
 from sparing.convert.split import Split, at_random, contiguous, sizes, split
 from sparing.core.errors import RequestError
+from sparing.core.quiet import quietly
 from sparing.experts.families import Block, feed_forwards
 from sparing.experts.router import Router
 

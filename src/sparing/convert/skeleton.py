@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from sparing.convert.checkpoint import Shards, Source, Whole
 from sparing.core.errors import RequestError, RunError
+from sparing.core.quiet import quietly
 from sparing.experts.families import FAMILIES, Block, Family, feed_forwards, known_families
 
 PARTS = ("gate", "up", "down")
@@ -214,20 +214,6 @@ def _whole(directory: Path, model_class: Any) -> Whole:
         )
     lost = set(told["missing_keys"])
     return Whole(directory, {n: t for n, t in model.state_dict().items() if n not in lost})
-
-
-@contextmanager
-def quietly() -> Iterator[None]:
-    """Without transformers' own progress bars: ours tells of the whole conversion."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def _check(made: Skeleton, state: Mapping[str, Tensor]) -> None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -12,6 +11,7 @@ import torch
 from torch import nn
 
 from sparing.core.errors import RequestError, RunError
+from sparing.core.quiet import quietly
 from sparing.tasks.text.tokens import BYTE_VOCABULARY, PAD, Tokens, of_bytes
 
 WEIGHTS: Final = Path(__file__).with_name("data") / "tiny.safetensors"
@@ -136,7 +136,7 @@ def _pretrained(path: Path) -> Any:
 
     _config(path)
     try:
-        with _silent():
+        with quietly():
             return AutoModel.from_pretrained(path, dtype=torch.float32, local_files_only=True)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise RequestError(
@@ -182,17 +182,3 @@ def _positions(path: Path) -> int:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-@contextmanager
-def _silent() -> Iterator[None]:
-    """Without transformers' bar of progress, which would run through this library's own."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
