@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sparing.core.errors import RequestError
+from sparing.core.lines import numbered_json
 
 Batch = Mapping[str, Tensor]
 Batches = Iterable[Batch]
@@ -33,12 +33,10 @@ def texts_of(files: Sequence[str | Path]) -> list[str]:
         if file.suffix not in (".jsonl", ".ndjson"):
             found.append(body)
             continue
-        for number, line in enumerate(body.splitlines(), 1):
-            if not line.strip():
-                continue
+        for number, row in numbered_json(file):
             try:
-                found.append(str(json.loads(line)["text"]))
-            except (ValueError, KeyError, TypeError) as error:
+                found.append(str(row["text"]))
+            except (KeyError, TypeError) as error:
                 raise RequestError(
                     f'{file}, line {number}: expected a JSON object with "text" ({error!r})'
                 ) from error

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
-import json
-import lzma
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, final
@@ -16,8 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
 from sparing.core.errors import RequestError
-
-_OPENERS: dict[str, Any] = {".xz": lzma.open, ".gz": gzip.open}
+from sparing.core.lines import kind, numbered, numbered_json
 
 
 def lines(path: str | Path) -> list[Any]:
@@ -28,26 +24,8 @@ def lines(path: str | Path) -> list[Any]:
     there, is empty or cannot be read, and for a line that is not JSON.
     """
     path = Path(path)
-    names = path.suffixes[-2:] if path.suffix in _OPENERS else path.suffixes[-1:]
-    parse = bool(names) and names[0] in (".jsonl", ".json")
-    found: list[Any] = []
-    number = 0
-    try:
-        with _OPENERS.get(path.suffix, open)(path, "rt", encoding="utf-8") as rows:
-            for row in rows:
-                number += 1
-                text = row.rstrip("\r\n")
-                if text.strip():
-                    found.append(json.loads(text) if parse else text)
-    except json.JSONDecodeError as error:
-        raise RequestError(
-            f"line {number} of {path} is not JSON ({error.msg} at character {error.pos + 1}); "
-            "mend or remove it"
-        ) from error
-    except (OSError, EOFError, lzma.LZMAError, UnicodeDecodeError) as error:
-        raise RequestError(
-            f"{path} cannot be read after line {number} ({error}); give a text file in UTF-8"
-        ) from error
+    rows = numbered_json(path) if kind(path) in (".jsonl", ".json") else numbered(path)
+    found = [row for _, row in rows]
     if not found:
         raise RequestError(f"{path} is empty: there is nothing to draw; leave the source out")
     return found

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
-import lzma
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from sparing.core.errors import RequestError
-
-_OPENERS: dict[str, Any] = {".xz": lzma.open, ".gz": gzip.open}
+from sparing.core.lines import numbered_json
 
 
 def read(path: Path) -> Iterator[tuple[str, Any]]:
@@ -20,22 +17,8 @@ def read(path: Path) -> Iterator[tuple[str, Any]]:
 
     Raises RequestError for a file that cannot be read and for a line that is not JSON.
     """
-    number = 0
-    try:
-        with _OPENERS.get(path.suffix, open)(path, "rt", encoding="utf-8") as lines:
-            for line in lines:
-                number += 1
-                if line.strip():
-                    yield f"line {number} of {path}", json.loads(line)
-    except json.JSONDecodeError as error:
-        raise RequestError(
-            f"line {number} of {path} is not JSON ({error.msg} at character {error.pos + 1}); "
-            "mend or remove it"
-        ) from error
-    except (OSError, EOFError, lzma.LZMAError, UnicodeDecodeError) as error:
-        raise RequestError(
-            f"{path} cannot be read after line {number} ({error}); give JSON lines in UTF-8"
-        ) from error
+    for number, row in numbered_json(path):
+        yield f"line {number} of {path}", row
 
 
 def load(
