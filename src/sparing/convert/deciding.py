@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from sparing.convert.pieces import STRIDE, Decision
 from sparing.convert.reading import Batch, Batches, packed, texts_of, written
 from sparing.convert.skeleton import Skeleton
 from sparing.convert.split import Split, at_random, contiguous, sizes, split
+from sparing.convert.writing import Told
 from sparing.core.errors import RequestError
 from sparing.core.quiet import quietly
 from sparing.experts.families import Block, feed_forwards
@@ -27,8 +28,6 @@ from sparing.experts.router import Router
 TOKENS = 4096
 """How many tokens' inputs of each block gates and scales are fitted to, at most."""
 LEARN_RATE = 0.05
-
-Told = Callable[[str, int, int], None]
 
 
 def decide(
@@ -46,10 +45,7 @@ def decide(
         found = {}
         for position, block in enumerate(chosen):
             made = dealt(dense, block, position, options, None)
-            gate = _plain_gate(dense, block, position, options, made, False)
-            scale = plain_scale(options.resolved_scale(False), options)
-            assert scale is not None
-            found[block.path] = Decision(split=made, scale=scale, gate=gate)
+            found[block.path] = unfitted(dense, block, position, made, options, False)
             told("deciding", position + 1, len(chosen))
         return found
     model = loaded(dense)
@@ -69,11 +65,15 @@ def from_model(
 ) -> dict[str, Decision]:
     """The decisions from a model at work on batches; blocks: those of ``model`` to convert."""
     scores = scores_of(model, blocks, batches, options, told)
-    inputs = activations.inputs_of(model, blocks, batches, TOKENS)
+    fits = options.fits
+    inputs = activations.inputs_of(model, blocks, batches, TOKENS) if fits else []
     found: dict[str, Decision] = {}
     for position, block in enumerate(blocks):
         score = scores[position] if scores is not None else None
         made = dealt(dense, block, position, options, score)
+        if not fits:
+            found[block.path] = unfitted(dense, block, position, made, options, True)
+            continue
         sample = sampled(dense, block, made, inputs[position])
         gate = gate_of(dense, block, position, sample, made, options)
         found[block.path] = scaled(dense, block, sample, made, gate, options)
@@ -174,7 +174,7 @@ def _token_labels(
     try:
         with torch.no_grad():
             for batch in batches:
-                model(**{name: value for name, value in batch.items() if name != "labels"})
+                activations.look(model, batch)
     finally:
         for handle in handles:
             handle.remove()
@@ -247,6 +247,16 @@ def _plain_gate(
         generator = torch.Generator().manual_seed(options.seed * STRIDE + position + 1)
         return torch.randn(options.routed, block.dim, generator=generator) / math.sqrt(block.dim)
     return None
+
+
+def unfitted(
+    dense: Skeleton, block: Block, position: int, made: Split, options: Conversion, data: bool
+) -> Decision:
+    """The Decision whose gate and scale look at no input; data: whether texts are read anyway."""
+    scale = plain_scale(options.resolved_scale(data), options)
+    assert scale is not None
+    gate = _plain_gate(dense, block, position, options, made, data)
+    return Decision(split=made, scale=scale, gate=gate)
 
 
 @torch.no_grad()

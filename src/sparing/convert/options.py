@@ -181,6 +181,15 @@ class Conversion:
             or self.compensate != "none"
         )
 
+    @property
+    def fits(self) -> bool:
+        """Whether gate, scale or biases are fitted to inputs of the blocks where texts are read."""
+        return (
+            self.resolved_gate(True) in ("centroids", "distilled")
+            or plain_scale(self.resolved_scale(True), self) is None
+            or self.compensate != "none"
+        )
+
 
 def plain_scale(rule: str | float, options: Conversion) -> float | None:
     """The scale that a rule names without data, else None."""

@@ -10,7 +10,7 @@ from typing import Any, final
 
 import torch
 
-from sparing.convert.forms import Form, refusals
+from sparing.convert.forms import Asked, Form, refusals
 from sparing.convert.native import Native
 from sparing.convert.options import METHODS, Conversion
 from sparing.convert.pieces import Decision, Pieces
@@ -131,7 +131,8 @@ def planned(skeleton: Skeleton, options: Conversion, *, data: bool) -> Planned:
     chosen = chosen_blocks(skeleton, options)
     form, why = choose_form(skeleton, options)
     decisions = stand_ins(skeleton, chosen, options)
-    files = form.files(Pieces(skeleton), decisions, options)
+    asked = Asked(pieces=Pieces(skeleton), decisions=decisions, options=options)
+    files = form.files(asked)
     entries = [entry for held in files.values() for entry in held]
     shapes = skeleton.source.shapes()
     dense = sum(_count(shapes[theirs]) for theirs in skeleton.names.values())
