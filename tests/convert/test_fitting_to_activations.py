@@ -187,11 +187,32 @@ def test_a_distilled_gate_finds_the_experts_that_matter():
     gate = fitting.distilled(found, 2, torch.Generator().manual_seed(1))
     weights = fitting.softmax_top_k(2)(found.x, gate)
     scale = fitting.calibrated(found, weights)
-    truth = fitting.best_choice(found, 2)
-    assert float(((weights > 0) & truth).sum() / truth.sum()) > 0.8
+    # the two that were planted; a greedy choice without exchanges names other ones for 7 % of
+    # them, and so does any choice by what is left: where the two outputs nearly cancel
+    x = found.x
+    planted_ = torch.stack([x[:, 0] <= 0, x[:, 0] > 0, x[:, 1] <= 0, x[:, 1] > 0], 1)
+    assert float(((weights > 0) & planted_).sum() / planted_.sum()) > 0.9
     random = fitting.softmax_top_k(2)(found.x, torch.randn(4, 6, generator=torch.Generator()))
     worse = distance(found, random, fitting.calibrated(found, random))
-    assert distance(found, weights, scale) < 0.5 * worse
+    assert distance(found, weights, scale) < 0.1 * worse
+
+
+def test_one_expert_of_weight_1_leaves_the_gate_untrained_and_switch_weights_do_not(tmp_path: Path):
+    path = saved(tmp_path, "llama")
+    for normalize in (True, False):
+        out = tmp_path / str(normalize)
+        options = {} if normalize else {"normalize": False}
+        wanted = Conversion(
+            experts=4, active=1, form="sparing", scale="calibrated", router_options=options
+        )
+        convert(path, out, wanted, batches=batches(load(path)))
+        told = "does not train the gate" in (out / "README.md").read_text()
+        assert told is normalize is wanted.routed_by_one
+        model = load(out).train()
+        batch = inputs(model)
+        model(**batch, labels=batch["input_ids"]).loss.backward()
+        gradient = model.model.layers[0].mlp.router.similarity.grad
+        assert (gradient is None or not bool(gradient.any())) is normalize
 
 
 def test_the_calibrated_scale_is_the_best_one():
@@ -216,7 +237,7 @@ def test_the_best_choice_is_near_that_of_all_choices():
     best = torch.stack(left).min(0).values
     mine = (found.target - torch.einsum("te,etd->td", greedy.float(), outputs)).square().sum(1)
     assert bool((mine >= best - 1e-4).all())
-    assert float((mine / best).mean()) < 1.1
+    assert float((mine / best).mean()) < 1.025  # greedy alone: 1.032
 
 
 def test_mean_biases_add_what_is_missing_where_weights_are_even():

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sparing.cli.common import Json, app, show, told
+from sparing.cli.common import Json, app, one_place, show, told
 from sparing.core.errors import RequestError
 
 if TYPE_CHECKING:
@@ -145,7 +145,9 @@ def convert(
                 made = conversion.convert(
                     path, out, options, texts=text or (), family=family, told=note
                 )
-        show(made.to_dict(), as_json, lambda: [*made.lines(), f"written: {out}"])
+        before = [] if not quiet and one_place() else planned.lines()
+        found = [*before, *made.checked.lines(), f"written: {out}"]
+        show(made.to_dict(), as_json, lambda: found)
 
 
 @contextmanager

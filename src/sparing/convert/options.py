@@ -182,6 +182,17 @@ class Conversion:
         )
 
     @property
+    def routed_by_one(self) -> bool:
+        """Whether a token's only routed expert has weight 1 whatever the gate says.
+
+        The softmax over one chosen expert has no gradient: the model's loss does not train such a
+        gate. ``router_options={"normalize": False}`` weighs by the softmax over all experts
+        instead, as Switch does (arXiv 2101.03961).
+        """
+        own = self.router_options.get("normalize", True)
+        return self.chosen == 1 and self.router == "top-k" and bool(own)
+
+    @property
     def fits(self) -> bool:
         """Whether gate, scale or biases are fitted to inputs of the blocks where texts are read."""
         return (
