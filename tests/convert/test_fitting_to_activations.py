@@ -211,8 +211,8 @@ def test_one_expert_of_weight_1_leaves_the_gate_untrained_and_switch_weights_do_
         model = load(out).train()
         batch = inputs(model)
         model(**batch, labels=batch["input_ids"]).loss.backward()
-        gradient = model.model.layers[0].mlp.router.similarity.grad
-        assert (gradient is None or not bool(gradient.any())) is normalize
+        gradient = float(model.model.layers[0].mlp.router.similarity.grad.abs().max())
+        assert gradient < 1e-7 if normalize else gradient > 1e-5  # s / s has rounding in it
 
 
 def test_the_calibrated_scale_is_the_best_one():
