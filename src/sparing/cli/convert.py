@@ -53,6 +53,10 @@ def convert(
     clusters: Annotated[
         str, typer.Option(help="Importance by clusters of text or tokens.")
     ] = "text",
+    encoder: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="Cluster texts by this sentence encoder, not the model."),
+    ] = None,
     first_dense: Annotated[int, typer.Option(help="So many first blocks stay dense.")] = 0,
     last_dense: Annotated[int, typer.Option(help="So many last blocks stay dense.")] = 0,
     form: Annotated[str, typer.Option(help="auto, export or sparing.")] = "auto",
@@ -117,6 +121,7 @@ def convert(
             gate=gate,
             compensate=compensate,  # type: ignore[arg-type]
             clusters=clusters,  # type: ignore[arg-type]
+            encoder=encoder,
             first_dense=first_dense,
             last_dense=last_dense,
             form=form,  # type: ignore[arg-type]

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from sparing.convert import activations, dealing, fitting, simulating
 from sparing.convert.clusters import balanced_kmeans
+from sparing.convert.encoding import sentence_vectors
 from sparing.convert.native import method_of, router_seed
 from sparing.convert.options import WITH_LOSS, Conversion, plain_scale
 from sparing.convert.pieces import STRIDE, Decision
-from sparing.convert.reading import Batch, Batches, packed, texts_of, written
+from sparing.convert.reading import Batch, Batches, packed, texts_of, tokenizer_in, written
 from sparing.convert.skeleton import Skeleton
 from sparing.convert.split import Split, at_random, contiguous, sizes, split
 from sparing.convert.writing import Told
@@ -64,7 +65,10 @@ def from_model(
     told: Told = lambda stage, done, total: None,
 ) -> dict[str, Decision]:
     """The decisions from a model at work on batches; blocks: those of ``model`` to convert."""
-    scores = scores_of(model, blocks, batches, options, told)
+    vectors = None
+    if options.encoder is not None:
+        vectors = sentence_vectors(options.encoder, dense.source.directory, batches)
+    scores = scores_of(model, blocks, batches, options, told, vectors)
     fits = options.fits
     inputs = activations.inputs_of(model, blocks, batches, TOKENS) if fits else []
     found: dict[str, Decision] = {}
@@ -121,8 +125,12 @@ def scores_of(
     batches: Sequence[Batch],
     options: Conversion,
     told: Told,
+    vectors: Tensor | None = None,
 ) -> list[Tensor] | None:
-    """What the method goes by: importance (n, f), or a sketch (f, r), for each block."""
+    """What the method goes by: importance (n, f), or a sketch (f, r), for each block.
+
+    vectors: (N, d) of the sequences, to cluster these by; None: the model's own states.
+    """
     if options.method == "coactivation":
         return activations.coactivation(model, blocks, batches, options.seed)
     if options.method not in WITH_LOSS:
@@ -133,7 +141,8 @@ def scores_of(
     if options.clusters == "tokens":
         labels = _token_labels(model, blocks, batches, n, generator)
     else:
-        vectors = activations.text_vectors(model, blocks, batches)
+        if vectors is None:
+            vectors = activations.text_vectors(model, blocks, batches)
         if len(vectors) < n:
             raise RequestError(
                 f"{len(vectors)} texts cannot make {n} clusters; read more (--sequences), or take "
@@ -369,14 +378,5 @@ def _batches(
         return found
     if not texts:
         return written(model, options.sequences, options.length, options.seed)
-    read = texts_of(texts)
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(dense.source.directory, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise RequestError(
-            f"{dense.source.directory} has no tokenizer to read texts with ({error}); put it "
-            f"beside the weights"
-        ) from error
-    return packed(read, tokenizer, options.sequences, options.length)
+    tokenizer = tokenizer_in(dense.source.directory)
+    return packed(texts_of(texts), tokenizer, options.sequences, options.length)
