@@ -24,6 +24,7 @@ from torch import Tensor
 import sparing
 from record import in_turns, summary, write
 from sparing.convert import Conversion, convert
+from sparing.core.quiet import quietly
 
 STORIES = Path(sparing.__file__).parent / "tasks" / "language" / "data" / "stories260k"
 IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
@@ -72,9 +73,10 @@ def measure(dense: Path, folder: Path, repetitions: int, tokens: int) -> dict[st
         convert(dense, paths[form], Conversion(experts=8, active=2, form=form))  # type: ignore[arg-type]
     models: dict[str, Any] = {"sparing": sparing.load(paths["sparing"])}
     for kind in IMPLEMENTATIONS:
-        models[f"transformers {kind}"] = AutoModelForCausalLM.from_pretrained(
-            paths["export"], experts_implementation=kind, dtype=torch.float32
-        ).eval()
+        with quietly():
+            models[f"transformers {kind}"] = AutoModelForCausalLM.from_pretrained(
+                paths["export"], experts_implementation=kind, dtype=torch.float32
+            ).eval()
     prompt = torch.arange(3, 11)[None]
     said = {name: generated(model, prompt, tokens) for name, model in models.items()}
     cached = {

@@ -129,8 +129,9 @@ def main() -> None:
                 words = ["--one", str(out), method, "--model", str(dense), "--text", str(text)]
                 runs.append(json.loads(child(*words, *sizes)))
                 shutil.rmtree(out)
-            within = max(run["seconds"] for run in runs) < limit
-            results[method] = {"limit_seconds": limit, "within": within, "runs": runs}
+            clocks = ("seconds", "cpu_seconds")  # of a loaded machine only the second tells
+            within = {clock: max(run[clock] for run in runs) < limit for clock in clocks}
+            results[method] = {"limit_seconds": limit, "within by": within, "runs": runs}
             print(method, results[method], flush=True)
             if not asked.trying:
                 write("convert_speed", results, seeds=[0])
