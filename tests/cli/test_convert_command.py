@@ -19,6 +19,7 @@ from tests.convert.dense import STORIES, load
 from typer.testing import CliRunner
 
 from sparing.cli import app
+from sparing.cli.common import one_place
 
 TEXT = (
     "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. "
@@ -142,3 +143,34 @@ def test_a_kill_in_mid_conversion_leaves_no_half_result(tmp_path: Path):
     result = call(STORIES, out, "--experts", 4, "--quiet")
     assert result.exit_code == 0, result.output
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["out"]
+
+
+def test_the_plan_is_told_once_where_both_streams_are_read_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    head, found = "feed-forward blocks of 172", "each hidden unit is in exactly one expert"
+    apart = call(STORIES, tmp_path / "apart", "--experts", 4)
+    assert (head in apart.stderr, head in apart.stdout, found in apart.stdout) == (True,) * 3
+    monkeypatch.setattr("sparing.cli.convert.one_place", lambda: True)
+    both = call(STORIES, tmp_path / "both", "--experts", 4)
+    assert (head in both.stderr, head in both.stdout, found in both.stdout) == (True, False, True)
+    quiet = call(STORIES, tmp_path / "quiet", "--experts", 4, "--quiet")
+    assert head in quiet.stdout
+
+
+def test_one_place_is_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with open(tmp_path / "a", "w") as one, open(tmp_path / "b", "w") as other:
+        for out, err, expected in ((one, one, True), (one, other, False)):
+            monkeypatch.setattr(sys, "stdout", out)
+            monkeypatch.setattr(sys, "stderr", err)
+            found = one_place()
+            monkeypatch.undo()
+            assert found is expected
+
+
+def test_a_gate_that_the_loss_does_not_train_is_told(tmp_path: Path):
+    plain = call(STORIES, tmp_path / "out", "--active", 1, "--dry-run").stdout
+    assert "does not train the gate" in plain
+    weighed = call(STORIES, tmp_path / "out", "--active", 1, "--dry-run", "-s", "normalize=false")
+    assert "does not train the gate" not in weighed.stdout
+    assert "does not train" not in call(STORIES, tmp_path / "out", "--dry-run").stdout

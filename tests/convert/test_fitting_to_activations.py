@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.convert.dense import load, logits, saved
+from tests.convert.dense import STORIES, load, logits, saved
 from tests.experts.zoo import build, inputs
 from torch import Tensor
 
 from sparing.convert import Conversion, activations, convert, fitting, simulating, to_dense
-from sparing.convert.deciding import from_model
+from sparing.convert.deciding import from_model, scores_of
 from sparing.convert.reading import packed, texts_of, written
 from sparing.convert.skeleton import skeleton
 from sparing.core.errors import RequestError
@@ -79,11 +80,24 @@ def test_padding_is_not_looked_at():
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
-def test_every_sequence_is_in_a_cluster():
-    """The published clustering loses one text of each full batch."""
-    model = build("llama")
-    vectors = activations.text_vectors(model, feed_forwards(model), batches(model, 9))
-    assert vectors.shape == (36, 32)
+def test_every_sequence_is_in_a_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The published clustering loses one text of each full batch of 33."""
+    path = saved(tmp_path, "llama")
+    model = load(path)
+    read = batches(model, 9)
+    seen: list[Tensor] = []
+    importance = activations.importance
+
+    def spied(*args: Any, **more: Any) -> list[Tensor]:
+        seen.extend(args[3])
+        return importance(*args, **more)
+
+    monkeypatch.setattr(activations, "importance", spied)
+    wanted = Conversion(experts=4, active=2, method="gradient")
+    scores = scores_of(model, feed_forwards(model), read, wanted, lambda *told: None)
+    assert [len(labels) for labels in seen] == [4] * 9
+    assert torch.bincount(torch.cat(seen)).tolist() == [9] * 4
+    assert scores is not None
 
 
 def test_coactivation_sketches_keep_products():
@@ -187,11 +201,32 @@ def test_a_distilled_gate_finds_the_experts_that_matter():
     gate = fitting.distilled(found, 2, torch.Generator().manual_seed(1))
     weights = fitting.softmax_top_k(2)(found.x, gate)
     scale = fitting.calibrated(found, weights)
-    truth = fitting.best_choice(found, 2)
-    assert float(((weights > 0) & truth).sum() / truth.sum()) > 0.8
+    # the two that were planted; a greedy choice without exchanges names other ones for 7 % of
+    # them, and so does any choice by what is left: where the two outputs nearly cancel
+    x = found.x
+    planted_ = torch.stack([x[:, 0] <= 0, x[:, 0] > 0, x[:, 1] <= 0, x[:, 1] > 0], 1)
+    assert float(((weights > 0) & planted_).sum() / planted_.sum()) > 0.9
     random = fitting.softmax_top_k(2)(found.x, torch.randn(4, 6, generator=torch.Generator()))
     worse = distance(found, random, fitting.calibrated(found, random))
-    assert distance(found, weights, scale) < 0.5 * worse
+    assert distance(found, weights, scale) < 0.1 * worse
+
+
+def test_one_expert_of_weight_1_leaves_the_gate_untrained_and_switch_weights_do_not(tmp_path: Path):
+    path = saved(tmp_path, "llama")
+    for normalize in (True, False):
+        out = tmp_path / str(normalize)
+        options = {} if normalize else {"normalize": False}
+        wanted = Conversion(
+            experts=4, active=1, form="sparing", scale="calibrated", router_options=options
+        )
+        convert(path, out, wanted, batches=batches(load(path)))
+        told = "does not train the gate" in (out / "README.md").read_text()
+        assert told is normalize is wanted.routed_by_one
+        model = load(out).train()
+        batch = inputs(model)
+        model(**batch, labels=batch["input_ids"]).loss.backward()
+        gradient = float(model.model.layers[0].mlp.router.similarity.grad.abs().max())
+        assert gradient < 1e-7 if normalize else gradient > 1e-5  # s / s has rounding in it
 
 
 def test_the_calibrated_scale_is_the_best_one():
@@ -216,7 +251,7 @@ def test_the_best_choice_is_near_that_of_all_choices():
     best = torch.stack(left).min(0).values
     mine = (found.target - torch.einsum("te,etd->td", greedy.float(), outputs)).square().sum(1)
     assert bool((mine >= best - 1e-4).all())
-    assert float((mine / best).mean()) < 1.1
+    assert float((mine / best).mean()) < 1.025  # greedy alone: 1.032
 
 
 def test_mean_biases_add_what_is_missing_where_weights_are_even():
@@ -312,3 +347,37 @@ def test_too_few_texts_for_the_clusters(tmp_path: Path):
     wanted = Conversion(experts=4, active=2, method="gradient", sequences=2, length=8)
     with pytest.raises(RequestError, match="2 texts cannot make 4 clusters"):
         convert(path, tmp_path / "out", wanted)
+
+
+def test_texts_are_clustered_by_a_sentence_encoder(tmp_path: Path):
+    """Its vectors are the mean of its last states over real tokens; errors say what is missing."""
+    from transformers import AutoTokenizer
+
+    from sparing.convert.encoding import sentence_vectors
+
+    encoder = saved(tmp_path, "bert", vocab_size=512)
+    AutoTokenizer.from_pretrained(STORIES).save_pretrained(encoder)
+    own = AutoTokenizer.from_pretrained(STORIES)
+    texts = ["Once upon a time, there was a little girl.", "One day, a big red ball fell."]
+    read = packed(texts * 4, own, 8, 12)
+    found = sentence_vectors(encoder, STORIES, read)
+    assert found.shape == (len(torch.cat([b["input_ids"] for b in read])), 32)
+    words = own.batch_decode(read[0]["input_ids"][:1], skip_special_tokens=True)
+    from transformers import AutoModel
+
+    network = AutoModel.from_pretrained(encoder).eval()
+    with torch.no_grad():
+        alone = network(**own(words, return_tensors="pt")).last_hidden_state.mean(1)
+    torch.testing.assert_close(found[:1], F.normalize(alone), rtol=1e-4, atol=1e-5)
+
+    wanted = Conversion(experts=2, active=1, method="gradient", encoder=str(encoder), gate="zero")
+    made = convert(STORIES, tmp_path / "out", wanted, batches=read)
+    assert made.checked.once
+    plain = convert(
+        STORIES, tmp_path / "own", Conversion(experts=2, active=1, method="gradient"), batches=read
+    )
+    assert plain.checked.once
+    with pytest.raises(RequestError, match="has no tokenizer"):
+        sentence_vectors(saved(tmp_path / "bare", "bert"), STORIES, read)
+    with pytest.raises(RequestError, match="methods by importance"):
+        Conversion(method="random", encoder=str(encoder))

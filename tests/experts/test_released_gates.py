@@ -10,13 +10,18 @@
 | an expert without tokens gets no gradient: ranks wait forever | test_3 here |
 | no token at all is an error | test_router_rules: no real token |
 | the balance loss is the constant E/k | test_4 here |
+| dropped tokens are counted for the last expert alone | test_5 here: none is dropped |
+| the balance loss is compared with 0 on the host in each pass | test_6 here |
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparing.experts.experts import Experts
 from sparing.experts.layer import ExpertLayer
@@ -117,3 +122,52 @@ def test_4_every_balance_loss_of_ours_tells_skewed_from_even_and_pulls_back(
     assert float(grad[0].norm()) > 1e-2
     # descending takes score away from the expert that has too much
     assert float((x @ grad.t()).mean(0)[0]) > 0
+
+
+@pytest.mark.parametrize("method", [TopK(experts=6, k=2), Switch(experts=6), NoisyTopK(experts=6)])
+def test_5_no_token_is_dropped_however_skewed_the_choice(method: RoutedExperts):
+    experts = Experts(8, 16, method.slots)
+    experts.init_(generator=torch.Generator().manual_seed(0))
+    layer = ExpertLayer(method.router(8), experts).train()
+    x = normal(1, 500, 8).abs()
+    with torch.no_grad():
+        layer.router.similarity[0] = 100.0
+    layer(x)
+    load = layer.record.load
+    k = layer.router.k
+    assert int(load[0]) == 500
+    assert int(load.sum()) == 500 * k
+
+
+class Looks(TorchDispatchMode):
+    """Counts how often a number is brought from the device to the host."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += "_local_scalar_dense" in str(func)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("cls", "losses"),
+    [
+        (TopK, {"balance": 0.01, "z": 0.01}),
+        (Switch, {"balance": 0.01}),
+        (NoisyTopK, {"importance": 0.01, "load": 0.01}),
+    ],
+)
+def test_6_losses_are_not_looked_at_on_the_host(cls: Any, losses: dict[str, float]):
+    looks = {}
+    for name, own in (("with", losses), ("without", dict.fromkeys(losses, 0.0))):
+        made = cls(experts=6, losses=own).router(8).train()
+        x = normal(64, 8)
+        made(x)  # what is drawn or checked once
+        with Looks() as seen:
+            found = made(x).losses
+        looks[name] = seen.count
+        assert bool(found) is (name == "with")
+    assert looks["with"] == looks["without"]
+    with Looks() as seen:
+        bool(normal(1)[0] > 0)
+    assert seen.count == 1

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import sparing
 from sparing.core.errors import RequestError
-from sparing.samples.mixing_plan import Members, mixed
+from sparing.samples.mixing_plan import Drawn, Members, mixed
 from sparing.samples.mixing_sources import lines
 
 SIZES = (7, 50, 3)
@@ -61,6 +61,31 @@ def test_every_stretch_of_a_plan_has_nearly_its_share_of_each_source():
 
 def test_by_size_a_plan_of_all_samples_takes_each_once():
     assert sorted(draws(SIZES, 60).tolist()) == list(range(60))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 160), st.integers(0, 120)), max_size=8))
+def test_what_is_kept_of_permutations_changes_no_draw(calls):
+    """Looks forwards and backwards, by one that remembers and by a fresh one each time."""
+    of = members()
+    for source, start, count in calls:
+        fresh = members().through(source, start, count, seed=3)
+        assert (of.through(source, start, count, seed=3) == fresh).all()
+        assert fresh.shape == (count,)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(0, 80), max_size=6), st.booleans())
+def test_draws_are_counted_as_the_dealt_part_grows(places, close):
+    of = members()
+    plan, drawn = draws([3, 1, 1], 80, of=of), Drawn(of)
+    for place in places:
+        assert drawn.with_dealt_(plan[:place]).tolist() == of.counts(plan[:place]).tolist()
+    if close:
+        drawn.close_(plan)
+        assert drawn.before.tolist() == of.counts(plan).tolist()
+        twice = of.counts(plan) + of.counts(plan[:9])
+        assert drawn.with_dealt_(plan[:9]).tolist() == twice.tolist()
 
 
 @settings(max_examples=40, deadline=None)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any
@@ -46,3 +48,11 @@ def told(again: str = "the same command and --resume") -> Iterator[None]:
 def show(value: Any, as_json: bool, lines: Callable[[], list[str]]) -> None:
     """Print the value as JSON, or its lines."""
     typer.echo(json.dumps(value, indent=1) if as_json else "\n".join(lines()))
+
+
+def one_place() -> bool:
+    """Whether stdout and stderr go to the same terminal or file, where a reader sees both."""
+    try:
+        return os.path.samestat(os.fstat(sys.stdout.fileno()), os.fstat(sys.stderr.fileno()))
+    except (OSError, ValueError):  # no files at all, as under a test's capture
+        return False

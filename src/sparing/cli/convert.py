@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sparing.cli.common import Json, app, show, told
+from sparing.cli.common import Json, app, one_place, show, told
 from sparing.core.errors import RequestError
 
 if TYPE_CHECKING:
@@ -53,6 +53,10 @@ def convert(
     clusters: Annotated[
         str, typer.Option(help="Importance by clusters of text or tokens.")
     ] = "text",
+    encoder: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="Cluster texts by this sentence encoder, not the model."),
+    ] = None,
     first_dense: Annotated[int, typer.Option(help="So many first blocks stay dense.")] = 0,
     last_dense: Annotated[int, typer.Option(help="So many last blocks stay dense.")] = 0,
     form: Annotated[str, typer.Option(help="auto, export or sparing.")] = "auto",
@@ -117,6 +121,7 @@ def convert(
             gate=gate,
             compensate=compensate,  # type: ignore[arg-type]
             clusters=clusters,  # type: ignore[arg-type]
+            encoder=encoder,
             first_dense=first_dense,
             last_dense=last_dense,
             form=form,  # type: ignore[arg-type]
@@ -145,7 +150,9 @@ def convert(
                 made = conversion.convert(
                     path, out, options, texts=text or (), family=family, told=note
                 )
-        show(made.to_dict(), as_json, lambda: [*made.lines(), f"written: {out}"])
+        before = [] if not quiet and one_place() else planned.lines()
+        found = [*before, *made.checked.lines(), f"written: {out}"]
+        show(made.to_dict(), as_json, lambda: found)
 
 
 @contextmanager

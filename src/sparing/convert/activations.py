@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -66,7 +66,7 @@ def inputs_of(
     try:
         for batch in batches:
             real[0] = real_tokens(batch)
-            model(**_inputs(batch))
+            look(model, batch)
     finally:
         for handle in handles:
             handle.remove()
@@ -151,7 +151,7 @@ def coactivation(
     with hooked(blocks, seen):
         for batch in batches:
             real[0] = real_tokens(batch)
-            model(**_inputs(batch))
+            look(model, batch)
     return sums
 
 
@@ -167,15 +167,21 @@ def text_vectors(model: nn.Module, blocks: Sequence[Block], batches: Iterable[Ba
         weight = torch.ones(x.shape[:2]) if real[0] is None else real[0].view(x.shape[:2]).float()
         total = weight.sum(1, keepdim=True).clamp_min(1)
         found.append((x * weight[..., None]).sum(1) / total)
+        raise _Enough
 
     handle = middle.body.register_forward_pre_hook(before)
     try:
         for batch in batches:
             real[0] = real_tokens(batch)
-            model(**_inputs(batch))
+            with suppress(_Enough):
+                look(model, batch)
     finally:
         handle.remove()
     return torch.cat(found)
+
+
+class _Enough(Exception):
+    """Ends a pass whose rest nobody reads."""
 
 
 def real_tokens(batch: Batch) -> Tensor | None:
@@ -196,8 +202,10 @@ def loss_of(model: nn.Module, batch: Batch) -> Tensor:
     return loss
 
 
-def _inputs(batch: Batch) -> Mapping[str, Tensor]:
-    return {name: value for name, value in batch.items() if name != "labels"}
+def look(model: nn.Module, batch: Batch) -> None:
+    """A pass through the model's blocks without its head, whose outputs nobody reads."""
+    body: nn.Module = getattr(model, "base_model", model)
+    body(**{name: value for name, value in batch.items() if name != "labels"})
 
 
 def _labels(labels: Any, position: int, number: int, tokens: int) -> Tensor:

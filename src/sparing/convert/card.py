@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sparing.convert.checking import Checked
-from sparing.convert.planning import Planned
+from sparing.convert.planning import UNTRAINED, Planned
 
 
 def card(planned: Planned, checked: Checked, scales: list[float]) -> str:
@@ -42,7 +42,7 @@ units{planned.uneven}
 - scale `{planned.scale}`: {spread}, folded into the last projection of the routed experts
 - gate `{planned.gate}`, compensation `{o["compensate"]}`
 
-A routed expert's weight is the softmax over the experts that a token chose: they sum to 1.
+{_weights(planned)}
 
 ## What was checked
 {parity}
@@ -52,3 +52,15 @@ A converted model is worse than the dense one until it is trained again: cutting
 units to a part of them loses what the others computed. `sparing convert --to-dense` puts the
 experts together again.
 """
+
+
+def _weights(planned: Planned) -> str:
+    """How a token's routed experts are weighed."""
+    if not planned.trains_gate:
+        return f"A token's weights: {UNTRAINED}."
+    if planned.options["router"] == "top-k" and not planned.options["router_options"]:
+        return (
+            "A routed expert's weight is the softmax over the experts that a token chose: they sum "
+            "to 1."
+        )
+    return f"The router is `{planned.options['router']}` with its own weights."

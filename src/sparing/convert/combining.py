@@ -19,8 +19,9 @@ from sparing.convert.deciding import decide
 from sparing.convert.options import Conversion
 from sparing.convert.pieces import Pieces
 from sparing.convert.planning import check_place, choose_form, chosen_blocks, planned
-from sparing.convert.running import Converted, Told, made
+from sparing.convert.running import Converted, made
 from sparing.convert.skeleton import Skeleton, skeleton
+from sparing.convert.writing import Told
 from sparing.core.errors import RequestError
 from sparing.experts.families import Family
 

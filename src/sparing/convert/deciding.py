@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,14 @@ from torch import Tensor, nn
 
 from sparing.convert import activations, dealing, fitting, simulating
 from sparing.convert.clusters import balanced_kmeans
+from sparing.convert.encoding import sentence_vectors
 from sparing.convert.native import method_of, router_seed
 from sparing.convert.options import WITH_LOSS, Conversion, plain_scale
 from sparing.convert.pieces import STRIDE, Decision
-from sparing.convert.reading import Batch, Batches, packed, texts_of, written
+from sparing.convert.reading import Batch, Batches, packed, texts_of, tokenizer_in, written
 from sparing.convert.skeleton import Skeleton
 from sparing.convert.split import Split, at_random, contiguous, sizes, split
+from sparing.convert.writing import Told
 from sparing.core.errors import RequestError
 from sparing.core.quiet import quietly
 from sparing.experts.families import Block, feed_forwards
@@ -27,8 +29,6 @@ from sparing.experts.router import Router
 TOKENS = 4096
 """How many tokens' inputs of each block gates and scales are fitted to, at most."""
 LEARN_RATE = 0.05
-
-Told = Callable[[str, int, int], None]
 
 
 def decide(
@@ -61,10 +61,7 @@ def without_data(
     found = {}
     for position, block in enumerate(chosen):
         made = dealt(dense, block, position, options, None)
-        gate = _plain_gate(dense, block, position, options, made, False)
-        scale = plain_scale(options.resolved_scale(False), options)
-        assert scale is not None
-        found[block.path] = Decision(split=made, scale=scale, gate=gate)
+        found[block.path] = unfitted(dense, block, position, made, options, False)
         told("deciding", position + 1, len(chosen))
     return found
 
@@ -78,12 +75,19 @@ def from_model(
     told: Told = lambda stage, done, total: None,
 ) -> dict[str, Decision]:
     """The decisions from a model at work on batches; blocks: those of ``model`` to convert."""
-    scores = scores_of(model, blocks, batches, options, told)
-    inputs = activations.inputs_of(model, blocks, batches, TOKENS)
+    vectors = None
+    if options.encoder is not None:
+        vectors = sentence_vectors(options.encoder, dense.source.directory, batches)
+    scores = scores_of(model, blocks, batches, options, told, vectors)
+    fits = options.fits
+    inputs = activations.inputs_of(model, blocks, batches, TOKENS) if fits else []
     found: dict[str, Decision] = {}
     for position, block in enumerate(blocks):
         score = scores[position] if scores is not None else None
         made = dealt(dense, block, position, options, score)
+        if not fits:
+            found[block.path] = unfitted(dense, block, position, made, options, True)
+            continue
         sample = sampled(dense, block, made, inputs[position])
         gate = gate_of(dense, block, position, sample, made, options)
         found[block.path] = scaled(dense, block, sample, made, gate, options)
@@ -131,8 +135,12 @@ def scores_of(
     batches: Sequence[Batch],
     options: Conversion,
     told: Told,
+    vectors: Tensor | None = None,
 ) -> list[Tensor] | None:
-    """What the method goes by: importance (n, f), or a sketch (f, r), for each block."""
+    """What the method goes by: importance (n, f), or a sketch (f, r), for each block.
+
+    vectors: (N, d) of the sequences, to cluster these by; None: the model's own states.
+    """
     if options.method == "coactivation":
         return activations.coactivation(model, blocks, batches, options.seed)
     if options.method not in WITH_LOSS:
@@ -143,7 +151,8 @@ def scores_of(
     if options.clusters == "tokens":
         labels = _token_labels(model, blocks, batches, n, generator)
     else:
-        vectors = activations.text_vectors(model, blocks, batches)
+        if vectors is None:
+            vectors = activations.text_vectors(model, blocks, batches)
         if len(vectors) < n:
             raise RequestError(
                 f"{len(vectors)} texts cannot make {n} clusters; read more (--sequences), or take "
@@ -184,7 +193,7 @@ def _token_labels(
     try:
         with torch.no_grad():
             for batch in batches:
-                model(**{name: value for name, value in batch.items() if name != "labels"})
+                activations.look(model, batch)
     finally:
         for handle in handles:
             handle.remove()
@@ -257,6 +266,16 @@ def _plain_gate(
         generator = torch.Generator().manual_seed(options.seed * STRIDE + position + 1)
         return torch.randn(options.routed, block.dim, generator=generator) / math.sqrt(block.dim)
     return None
+
+
+def unfitted(
+    dense: Skeleton, block: Block, position: int, made: Split, options: Conversion, data: bool
+) -> Decision:
+    """The Decision whose gate and scale look at no input; data: whether texts are read anyway."""
+    scale = plain_scale(options.resolved_scale(data), options)
+    assert scale is not None
+    gate = _plain_gate(dense, block, position, options, made, data)
+    return Decision(split=made, scale=scale, gate=gate)
 
 
 @torch.no_grad()
@@ -369,14 +388,5 @@ def _batches(
         return found
     if not texts:
         return written(model, options.sequences, options.length, options.seed)
-    read = texts_of(texts)
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(dense.source.directory, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise RequestError(
-            f"{dense.source.directory} has no tokenizer to read texts with ({error}); put it "
-            f"beside the weights"
-        ) from error
-    return packed(read, tokenizer, options.sequences, options.length)
+    tokenizer = tokenizer_in(dense.source.directory)
+    return packed(texts_of(texts), tokenizer, options.sequences, options.length)

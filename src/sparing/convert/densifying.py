@@ -18,8 +18,8 @@ from sparing.convert.native import Native
 from sparing.convert.options import OVERLAPPING
 from sparing.convert.pieces import unfold
 from sparing.convert.planning import SLACK, check_place
-from sparing.convert.running import FORMAT, INDICES, NOTE, Told, beside
-from sparing.convert.writing import Entry, index_of, write
+from sparing.convert.running import FORMAT, INDICES, NOTE, beside
+from sparing.convert.writing import Entry, Told, index_of, write_all
 from sparing.core.errors import RequestError, RunError
 from sparing.core.state import atomic_write_json, replacing
 
@@ -84,16 +84,8 @@ def to_dense(path: str | Path, out: str | Path, *, told: Told | None = None) -> 
     check_place(out, total + SLACK)
     say = told or (lambda stage, done, of: None)
     with replacing(out) as aside:
-        done = 0
-
-        def wrote(size: int) -> None:
-            nonlocal done
-            done += size
-            say("writing", done, total)
-
         files = _files(source, entries)
-        for file, held in files.items():
-            write(aside / file, held, note=wrote)
+        write_all(aside, files, say)
         if len(files) > 1:
             atomic_write_json(aside / INDEX, index_of(files))
         atomic_write_json(aside / "config.json", note["config"])

@@ -16,6 +16,10 @@ from sparing.convert.split import Split, sizes
 CHUNK = 1024
 FIRST_STEPS, THEN_STEPS = 150, 150
 FIRST_RATE, THEN_RATE = 0.05, 0.01
+WARMTHS = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 1.0, 1.5)
+"""Sizes of the logits that a fit of the weights may start from."""
+EXCHANGES = 2
+"""How often each of the experts that a token chose gives up its place to a better one."""
 
 Weigh = Callable[[Tensor, Tensor], Tensor]
 """Inputs (T, d) and a gate (E, d) to the routed experts' weights (T, E), 0 where not chosen."""
@@ -69,18 +73,31 @@ def softmax_top_k(k: int) -> Weigh:
 
 @torch.no_grad()
 def best_choice(found: Sample, k: int) -> Tensor:
-    """The k experts of each token that matter most, (T, E) bool: greedily, with weight 1.
+    """The k experts of each token that matter most, (T, E) bool, with weight 1.
 
-    Each next one takes most off the squared distance to the target.
+    Greedily: each next one takes most off the squared distance to the target. Then each gives its
+    place to the one that fits best beside the others, itself included: where outputs oppose each
+    other the first choice is often wrong alone and right in company, or the reverse.
     """
     gram, left = found.gram, found.onto.clone()
     chosen = torch.zeros_like(left, dtype=torch.bool)
     own = gram.diagonal(dim1=1, dim2=2)
+    rows = torch.arange(len(left))
+    picked: list[Tensor] = []
+
+    def take() -> None:
+        best = (2 * left - own).masked_fill(chosen, -torch.inf).argmax(1)
+        chosen[rows, best] = True
+        left.sub_(gram[rows, best])
+        picked.append(best)
+
     for _ in range(k):
-        gain = (2 * left - own).masked_fill(chosen, -torch.inf)
-        best = gain.argmax(1)
-        chosen[torch.arange(len(best)), best] = True
-        left -= gram[torch.arange(len(best)), best]
+        take()
+    for _ in range(EXCHANGES * k if k < left.shape[1] else 0):
+        oldest = picked.pop(0)
+        chosen[rows, oldest] = False
+        left += gram[rows, oldest]
+        take()
     return chosen
 
 
@@ -99,20 +116,30 @@ def distilled(found: Sample, k: int, generator: torch.Generator) -> Tensor:
     count = found.outputs.shape[0]
     rows = (torch.randn(count, x.shape[1], generator=generator) * 1e-2).requires_grad_(True)
     weigh = softmax_top_k(k)
+
+    def apart(size: Tensor, gate: Tensor) -> Tensor:
+        """The squared distance to the target, as a share of its power, less 1."""
+        a = size * weigh(inputs, gate)
+        inside = torch.einsum("te,tef,tf->t", a, gram, a) - 2 * (a * onto).sum(1)
+        return inside.mean() / power
+
+    def size_of(gate: Tensor) -> Tensor:
+        return least_squares(weigh(inputs, gate), gram, onto).clamp_min(1e-3).float()
+
     with torch.enable_grad():
         _descend([rows], lambda: _named(inputs @ rows.t(), matters), FIRST_STEPS, FIRST_RATE)
-        # a size of its own, so that evening the weights out does not change who is chosen
-        warmth = torch.zeros((), requires_grad=True)
-        start = float(least_squares(weigh(inputs, rows.detach()), gram, onto))
-        size = torch.tensor(max(start, 1e-3)).log().requires_grad_(True)
-        best = (float("inf"), rows.detach())
+        # a size of its own, so that evening the weights out does not change who is chosen; naming
+        # experts surely asks for large logits, and weights that fit may need far smaller ones
+        named = rows.detach()
+        begin = min(WARMTHS, key=lambda w: float(apart(size_of(w * named), w * named)))
+        warmth = torch.tensor(begin).log().requires_grad_(True)
+        size = size_of(begin * named).log().requires_grad_(True)
+        best = (float("inf"), named.clone())
 
         def distance() -> Tensor:
             nonlocal best
             gate = warmth.exp() * rows
-            a = size.exp() * weigh(inputs, gate)
-            inside = torch.einsum("te,tef,tf->t", a, gram, a) - 2 * (a * onto).sum(1)
-            found = inside.mean() / power
+            found = apart(size.exp(), gate)
             if float(found.detach()) < best[0]:
                 best = (float(found.detach()), gate.detach().clone())
             return found

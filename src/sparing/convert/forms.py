@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, final
 
@@ -24,6 +25,22 @@ SHARED_LEAST = 8
 """Hidden units of a shared expert of zeros, where the layout has to have one."""
 
 
+Files = Mapping[str, list[Entry]]
+"""The tensors to write, by file."""
+Written = Mapping[str, dict[str, Any]]
+"""What was written of each file: its size and SHA-256."""
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What a form lays out: where tensors come from, what was decided, and the options."""
+
+    pieces: Pieces
+    decisions: Mapping[str, Decision]
+    options: Conversion
+
+
 class Form(abc.ABC):
     """Abstract: the files of a converted model."""
 
@@ -32,22 +49,12 @@ class Form(abc.ABC):
     loads_with: ClassVar[str]
 
     @abc.abstractmethod
-    def files(
-        self, pieces: Pieces, decisions: Mapping[str, Decision], options: Conversion
-    ) -> dict[str, list[Entry]]:
+    def files(self, asked: Asked) -> Files:
         """The tensors to write, by file."""
 
     @abc.abstractmethod
-    def finish(
-        self,
-        folder: Path,
-        skeleton: Skeleton,
-        decisions: Mapping[str, Decision],
-        options: Conversion,
-        files: Mapping[str, list[Entry]],
-        written: Mapping[str, dict[str, Any]],
-    ) -> None:
-        """Write what stands beside the weights."""
+    def finish(self, asked: Asked, folder: Path, files: Files, written: Written) -> None:
+        """Write what stands beside the weights; written: sizes and sums of what ``files`` told."""
 
     @abc.abstractmethod
     def stored(self, source: Source, path: str, part: str) -> Tensor:
@@ -82,10 +89,8 @@ class Exported(Form, abc.ABC):
     ) -> dict[str, Any]:
         """What differs from the dense model's configuration; dense: layers that stay."""
 
-    def files(
-        self, pieces: Pieces, decisions: Mapping[str, Decision], options: Conversion
-    ) -> dict[str, list[Entry]]:
-        skeleton = pieces.skeleton
+    def files(self, asked: Asked) -> Files:
+        pieces, decisions, skeleton = asked.pieces, asked.decisions, asked.pieces.skeleton
         by_source = {theirs: name for name, theirs in skeleton.names.items()}
         owner = {
             skeleton.names[name]: (block, part)
@@ -174,15 +179,8 @@ class Exported(Form, abc.ABC):
             )
         return entries
 
-    def finish(
-        self,
-        folder: Path,
-        skeleton: Skeleton,
-        decisions: Mapping[str, Decision],
-        options: Conversion,
-        files: Mapping[str, list[Entry]],
-        written: Mapping[str, dict[str, Any]],
-    ) -> None:
+    def finish(self, asked: Asked, folder: Path, files: Files, written: Written) -> None:
+        skeleton, decisions = asked.pieces.skeleton, asked.decisions
         first = next(iter(decisions.values()))
         dense = [
             int(layer_of(block.path).rpartition(".")[2])
@@ -192,7 +190,7 @@ class Exported(Form, abc.ABC):
         shared = len(first.split.shared) or SHARED_LEAST
         body = {
             **plain(skeleton.config),
-            **self.config(skeleton, first.split.width, shared, options, dense),
+            **self.config(skeleton, first.split.width, shared, asked.options, dense),
         }
         body["architectures"] = [self.architecture]
         body["model_type"] = self.name
@@ -256,6 +254,18 @@ class Mixtral(Exported):
         }
 
 
+def _qwen(width: int, options: Conversion, dense: list[int]) -> dict[str, Any]:
+    """What both generations name alike."""
+    return {
+        "moe_intermediate_size": width,
+        "num_experts": options.routed,
+        "num_experts_per_tok": options.chosen,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": dense,
+    }
+
+
 QWEN = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
 
 
@@ -287,13 +297,8 @@ class Qwen2Moe(Exported):
         self, skeleton: Skeleton, width: int, shared: int, options: Conversion, dense: list[int]
     ) -> dict[str, Any]:
         return {
-            "moe_intermediate_size": width,
+            **_qwen(width, options, dense),
             "shared_expert_intermediate_size": shared,
-            "num_experts": options.routed,
-            "num_experts_per_tok": options.chosen,
-            "norm_topk_prob": True,
-            "decoder_sparse_step": 1,
-            "mlp_only_layers": dense,
             "qkv_bias": skeleton.config.model_type == "qwen2",
             "use_sliding_window": bool(getattr(skeleton.config, "use_sliding_window", False)),
         }
@@ -322,14 +327,7 @@ class Qwen3Moe(Exported):
     def config(
         self, skeleton: Skeleton, width: int, shared: int, options: Conversion, dense: list[int]
     ) -> dict[str, Any]:
-        return {
-            "moe_intermediate_size": width,
-            "num_experts": options.routed,
-            "num_experts_per_tok": options.chosen,
-            "norm_topk_prob": True,
-            "decoder_sparse_step": 1,
-            "mlp_only_layers": dense,
-        }
+        return _qwen(width, options, dense)
 
 
 EXPORTS: tuple[type[Exported], ...] = (Mixtral, Qwen2Moe, Qwen3Moe)

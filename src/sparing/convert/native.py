@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sparing.convert.checkpoint import Source
-from sparing.convert.forms import Form, copied
+from sparing.convert.forms import Asked, Files, Form, Written, copied
 from sparing.convert.options import Conversion
 from sparing.convert.pieces import STRIDE, Decision, Pieces
 from sparing.convert.skeleton import Skeleton
@@ -35,9 +35,8 @@ class Native(Form):
     name = "sparing"
     loads_with = "sparing.load"
 
-    def files(
-        self, pieces: Pieces, decisions: Mapping[str, Decision], options: Conversion
-    ) -> dict[str, list[Entry]]:
+    def files(self, asked: Asked) -> Files:
+        pieces, decisions, options = asked.pieces, asked.decisions, asked.options
         skeleton = pieces.skeleton
         method = method_of(options, decisions)
         model = surgery(skeleton, method, decisions, options)
@@ -62,17 +61,10 @@ class Native(Form):
             entries.append(maker.entry(inner, tensor))
         return {WEIGHTS: entries}
 
-    def finish(
-        self,
-        folder: Path,
-        skeleton: Skeleton,
-        decisions: Mapping[str, Decision],
-        options: Conversion,
-        files: Mapping[str, list[Entry]],
-        written: Mapping[str, dict[str, Any]],
-    ) -> None:
+    def finish(self, asked: Asked, folder: Path, files: Files, written: Written) -> None:
         import transformers
 
+        skeleton, decisions, options = asked.pieces.skeleton, asked.decisions, asked.options
         model = surgery(skeleton, method_of(options, decisions), decisions, options)
         surgeries = vars(model)["sparing"]["surgeries"]
         newer = any("bias" in made or "family" in made for made in surgeries)

@@ -54,6 +54,7 @@ class Conversion:
     "sparing" form.
     clusters: what importance is taken over: "text"s by the model's own states, or the layer's
     "tokens".
+    encoder: the directory of a Hugging Face sentence encoder by which texts are clustered instead.
     first_dense, last_dense: so many first and last blocks stay as they are.
     form: "export" is a Mixtral- or Qwen-style model that ``AutoModelForCausalLM`` loads,
     "sparing" one for ``sparing.load``; "auto" is the first where the model allows it.
@@ -70,6 +71,7 @@ class Conversion:
     gate: str | None = None
     compensate: Literal["none", "mean", "fitted"] = "none"
     clusters: Literal["text", "tokens"] = "text"
+    encoder: str | None = None
     first_dense: int = 0
     last_dense: int = 0
     form: Literal["auto", "export", "sparing"] = "auto"
@@ -113,6 +115,11 @@ class Conversion:
             _known("gate", self.gate, GATES)
         _known("compensate", self.compensate, COMPENSATIONS)
         _known("clusters", self.clusters, CLUSTERS)
+        if self.encoder is not None and (self.clusters != "text" or self.method not in WITH_LOSS):
+            raise RequestError(
+                'encoder is for clusters="text" of the methods by importance '
+                f"({', '.join(sorted(WITH_LOSS))}); leave it out"
+            )
         _known("form", self.form, FORMS)
         self._check_copy()
         if self.scale == "learned" and (self.router != "top-k" or self.router_options):
@@ -178,6 +185,26 @@ class Conversion:
             self.method in WITH_DATA
             or self.scale in ("calibrated", "learned")
             or self.gate in ("centroids", "distilled")
+            or self.compensate != "none"
+        )
+
+    @property
+    def routed_by_one(self) -> bool:
+        """Whether a token's only routed expert has weight 1 whatever the gate says.
+
+        The softmax over one chosen expert has no gradient: the model's loss does not train such a
+        gate. ``router_options={"normalize": False}`` weighs by the softmax over all experts
+        instead, as Switch does (arXiv 2101.03961).
+        """
+        own = self.router_options.get("normalize", True)
+        return self.chosen == 1 and self.router == "top-k" and bool(own)
+
+    @property
+    def fits(self) -> bool:
+        """Whether gate, scale or biases are fitted to inputs of the blocks where texts are read."""
+        return (
+            self.resolved_gate(True) in ("centroids", "distilled")
+            or plain_scale(self.resolved_scale(True), self) is None
             or self.compensate != "none"
         )
 

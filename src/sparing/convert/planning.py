@@ -10,7 +10,7 @@ from typing import Any, final
 
 import torch
 
-from sparing.convert.forms import Form, refusals
+from sparing.convert.forms import Asked, Form, refusals
 from sparing.convert.native import Native
 from sparing.convert.options import METHODS, Conversion
 from sparing.convert.pieces import Decision, Pieces
@@ -22,6 +22,10 @@ from sparing.experts.families import Block
 
 SLACK = 1 << 20
 """Bytes for configurations, notes and the card."""
+UNTRAINED = (
+    "one routed expert: its weight is 1 whatever the gate says, so the model's loss does not train "
+    "the gate; -s normalize=false weighs as Switch does, which trains it"
+)
 
 
 @final
@@ -30,7 +34,8 @@ class Planned:
     """A conversion that has not been made.
 
     chosen: the blocks to convert; data: whether the model reads texts; reading: how the weights
-    are read; parameters: total and active, before and after; bytes: that will be written.
+    are read; trains_gate: whether the model's loss trains the gate; parameters: total and active,
+    before and after; bytes: that will be written.
     """
 
     source: str
@@ -47,6 +52,7 @@ class Planned:
     method: str
     scale: str
     gate: str
+    trains_gate: bool
     data: bool
     reading: str
     parameters: Mapping[str, int]
@@ -70,6 +76,8 @@ class Planned:
             f"{'dense':<12}{p['dense']:>16,}{p['dense']:>16,}",
             f"{'experts':<12}{p['total']:>16,}{p['active']:>16,}",
         ]
+        if not self.trains_gate:
+            said.append(UNTRAINED)
         return said
 
     def to_dict(self) -> dict[str, Any]:
@@ -131,7 +139,8 @@ def planned(skeleton: Skeleton, options: Conversion, *, data: bool) -> Planned:
     chosen = chosen_blocks(skeleton, options)
     form, why = choose_form(skeleton, options)
     decisions = stand_ins(skeleton, chosen, options)
-    files = form.files(Pieces(skeleton), decisions, options)
+    asked = Asked(pieces=Pieces(skeleton), decisions=decisions, options=options)
+    files = form.files(asked)
     entries = [entry for held in files.values() for entry in held]
     shapes = skeleton.source.shapes()
     dense = sum(_count(shapes[theirs]) for theirs in skeleton.names.values())
@@ -166,6 +175,7 @@ def planned(skeleton: Skeleton, options: Conversion, *, data: bool) -> Planned:
         method=options.method,
         scale=str(options.resolved_scale(reads)),
         gate=options.resolved_gate(reads),
+        trains_gate=not options.routed_by_one,
         data=reads,
         reading=reading,
         parameters={"dense": dense, "total": total, "active": active},

@@ -61,6 +61,23 @@ def packed(texts: Iterable[str], tokenizer: Any, sequences: int, length: int) ->
     return in_batches(torch.tensor(tokens[: count * length]).view(count, length))
 
 
+def tokenizer_in(directory: Path) -> Any:
+    """The directory's tokenizer. Raises RequestError if there is none that can be read."""
+    from transformers import AutoTokenizer
+
+    try:
+        found = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        # without its files, some classes make one that knows no word
+        why = "" if set(found.get_vocab()) - set(found.all_special_tokens) else "it knows no word"
+    except (OSError, ValueError) as error:
+        why = str(error)
+    if why:
+        raise RequestError(
+            f"{directory} has no tokenizer to read texts with ({why}); put it beside the weights"
+        )
+    return found
+
+
 def in_batches(ids: Tensor) -> list[Batch]:
     """Token sequences (N, S) as batches of ``ROWS`` with labels."""
     return [{"input_ids": part, "labels": part} for part in torch.split(ids, ROWS)]

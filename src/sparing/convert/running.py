@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final, final
@@ -15,21 +15,19 @@ from sparing.convert.card import card
 from sparing.convert.checking import Checked, check
 from sparing.convert.checkpoint import INDEX, Shards
 from sparing.convert.deciding import decide
-from sparing.convert.forms import Form
+from sparing.convert.forms import Asked, Form
 from sparing.convert.options import Conversion
 from sparing.convert.pieces import Decision, Pieces
 from sparing.convert.planning import Planned, check_place, choose_form, chosen_blocks, planned
 from sparing.convert.reading import Batches
 from sparing.convert.skeleton import Skeleton, skeleton
-from sparing.convert.writing import write
+from sparing.convert.writing import Told, write_all
 from sparing.core.state import atomic_save, atomic_write_json, atomic_write_text, replacing
 from sparing.experts.families import Family
 
 NOTE: Final = "conversion.json"
 INDICES: Final = "conversion.safetensors"
 FORMAT: Final = 1
-Told = Callable[[str, int, int], None]
-"""What is told of progress: a stage, and done of total."""
 
 
 @final
@@ -109,18 +107,11 @@ def made(
 ) -> Converted:
     """Write what was decided aside, read it back, and rename it; more: for the note."""
     dense = pieces.skeleton
-    files = form.files(pieces, decisions, options)
-    total = sum(entry.size for held in files.values() for entry in held)
+    asked = Asked(pieces=pieces, decisions=decisions, options=options)
+    files = form.files(asked)
     with replacing(out) as aside:
-        done = 0
-
-        def wrote(size: int) -> None:
-            nonlocal done
-            done += size
-            told("writing", done, total)
-
-        written = {name: write(aside / name, held, note=wrote) for name, held in files.items()}
-        form.finish(aside, dense, decisions, options, files, written)
+        written = write_all(aside, files, told)
+        form.finish(asked, aside, files, written)
         beside(dense.source.directory, aside)
         scales = {path: decision.scale for path, decision in decisions.items()}
         _note(dense, aside, form.name, options, decisions, wanted, more or {})

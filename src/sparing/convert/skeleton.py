@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, final
 
@@ -43,24 +44,25 @@ class Skeleton:
         """The model's class in transformers."""
         return type(self.model).__name__
 
-    def own(self, block: Block) -> Block:
-        """The block of this model that stands where ``block`` stands in a model with weights."""
-        return next(found for found in self.blocks if found.path == block.path)
-
     def parts(self, block: Block) -> dict[str, str]:
         """The state-dict names of a block's weights and biases, by part: ``up``, ``up_bias``..."""
+        return dict(self._parts[block.path])
+
+    @cached_property
+    def _parts(self) -> dict[str, dict[str, str]]:
         by_module = {id(module): name for name, module in self.model.named_modules()}
-        own = self.own(block)
-        found: dict[str, str] = {}
-        for part in PARTS:
-            module = getattr(own, part)
-            if module is None:
-                continue
-            name = by_module[id(module)]
-            found[part] = f"{name}.weight"
-            if getattr(module, "bias", None) is not None:
-                found[f"{part}_bias"] = f"{name}.bias"
-        return found
+        every: dict[str, dict[str, str]] = {}
+        for own in self.blocks:
+            found = every[own.path] = {}
+            for part in PARTS:
+                module = getattr(own, part)
+                if module is None:
+                    continue
+                name = by_module[id(module)]
+                found[part] = f"{name}.weight"
+                if getattr(module, "bias", None) is not None:
+                    found[f"{part}_bias"] = f"{name}.bias"
+        return every
 
     def read(self, block: Block, part: str) -> Tensor:
         """One dense part of a block: up and gate (f, d), down (d, f), or ``*_bias``."""

@@ -15,6 +15,9 @@ from torch import Tensor
 
 from sparing.convert.checkpoint import NAMES
 
+Told = Callable[[str, int, int], None]
+"""What is told of progress: a stage, and done of total."""
+
 
 @final
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,6 +67,21 @@ def write(
             if note is not None:
                 note(entry.size)
     return {"bytes": 8 + len(text) + offset, "sha256": digest.hexdigest()}
+
+
+def write_all(
+    folder: Path, files: Mapping[str, Iterable[Entry]], told: Told
+) -> dict[str, dict[str, Any]]:
+    """Write each file into ``folder``; what ``write`` gives, by file. ``told`` counts bytes."""
+    entries = {file: list(held) for file, held in files.items()}
+    total, done = sum(entry.size for held in entries.values() for entry in held), 0
+
+    def wrote(size: int) -> None:
+        nonlocal done
+        done += size
+        told("writing", done, total)
+
+    return {file: write(folder / file, held, note=wrote) for file, held in entries.items()}
 
 
 def index_of(files: Mapping[str, Iterable[Entry]]) -> dict[str, Any]:

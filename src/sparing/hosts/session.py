@@ -31,14 +31,13 @@ from sparing.core.errors import DivergedError, RequestError
 from sparing.core.ledger import Ledger
 from sparing.core.method import Context, Method, Plan, Setup, arrange, combine, implements
 from sparing.core.padding import real_tokens
-from sparing.core.random_state import random_state, set_random_state_
 from sparing.core.sparse_gradients import check_optimizer, clip_norm_
 from sparing.hosts import loading
 from sparing.hosts.dry_run import rehearse
 from sparing.hosts.epochs import Epochs, Geometry
 from sparing.hosts.host import PROBE_BATCHES, PROBE_ROWS, Bound
-from sparing.hosts.layout import lay_out_like_parameters_
 from sparing.hosts.per_sample import Losses
+from sparing.hosts.session_state import restore_, state_of
 from sparing.hosts.static_flops import StaticFlops
 
 if TYPE_CHECKING:
@@ -280,40 +279,11 @@ class Session(Bound):
                 f"state_dict() belongs between optimizer steps; {pending} of {self.accumulate} "
                 "micro-batches are accumulated now: call it when clock.step has moved"
             )
-        return {
-            "model": self.unwrapped.state_dict(),
-            "optimizer": self._torch_optimizer.state_dict(),
-            "methods": {method.name: method.state_dict() for method in self.methods},
-            "epochs": self.epochs.state_dict(),
-            "ledger": self.ledger.state_dict(),
-            "recent": list(self._recent),
-            "random": random_state(),
-        }
+        return state_of(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises RequestError if the state is of other methods."""
-        saved, here = sorted(state["methods"]), sorted(m.name for m in self.methods)
-        if saved != here:
-            raise RequestError(
-                f"the saved state is of the methods {saved}, this session has {here}"
-            )
-        self.unwrapped.load_state_dict(state["model"])
-        self._torch_optimizer.load_state_dict(state["optimizer"])
-        lay_out_like_parameters_(self._torch_optimizer)
-        for method in self.methods:
-            method.load_state_dict(state["methods"][method.name])
-        epochs = state.get("epochs")
-        if epochs is None:  # of a version before epochs had a state of their own
-            fresh = self.epochs.state_dict()
-            epochs = {**fresh, **{key: state[key] for key in ("clock", "plan", "done")}}
-        self.epochs.load_state_dict(epochs)
-        self.clock.steps = self._planned_steps()
-        self.ledger.load_state_dict(state["ledger"])
-        self._recent = deque(
-            (loading.to_device(b, self.accelerator.device) for b in state["recent"]),
-            maxlen=PROBE_BATCHES,
-        )
-        set_random_state_(state["random"])
+        restore_(self, state)
 
     # ---- inside ------------------------------------------------------------------------------
 

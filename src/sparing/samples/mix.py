@@ -30,9 +30,10 @@ from sparing.core.ledger import Ledger
 from sparing.core.loads import tells_loads
 from sparing.core.method import Context, Method, Plan, Setup, Signal
 from sparing.core.select import rounded
+from sparing.samples.mixing_history import MixHistory
 from sparing.samples.mixing_losses import SourceLosses
 from sparing.samples.mixing_options import MixOptions
-from sparing.samples.mixing_plan import Ids, Members, mixed, tensor
+from sparing.samples.mixing_plan import Drawn, Ids, Members, mixed, tensor
 from sparing.samples.mixing_saved import MixState
 from sparing.samples.mixing_start import by_name, first
 from sparing.samples.mixing_update import updated
@@ -87,7 +88,7 @@ class Mix(Method, Sampler[int]):
         self._dealt = self._reported = self._start = 0
         self._due = self._exhausted = False
         self.seen = self._paid = 0
-        self._history: dict[str, list[Any]] = {}
+        self._history = MixHistory()
         self._own_sources = sources is not None
         if sources is not None:
             self._own(sources, names)
@@ -134,9 +135,9 @@ class Mix(Method, Sampler[int]):
         self.start = first(self.options, self.names, self._whole.sizes)
         self.weights = self.start.clone()
         self.reference = by_name(self.options, "reference", self.names)
-        self._before = np.zeros(len(self.names), dtype=np.int64)
-        self._history = {"steps": [], "weights": [], "losses": [], "signal": []}
-        self._note(0)
+        self._drawn = Drawn(self._whole)
+        self._history = MixHistory()
+        self._history.note(0, self.weights, self._losses.latest, None)
         if self._loaded is not None:
             kept, self._loaded = self._loaded, None
             self.load_state_dict(kept)
@@ -218,7 +219,7 @@ class Mix(Method, Sampler[int]):
     def _make(self, epoch: int, dealt: int) -> None:
         """The plan of ``epoch``, whose first ``dealt`` places stay as they are."""
         if self._plan is not None and epoch != self._epoch:
-            self._before = self._before + self.members.counts(self._plan)
+            self._drawn.close_(self._plan)
             self._plan, dealt = None, 0
         kept = self._plan[:dealt] if self._plan is not None else np.zeros(0, np.int64)
         if len(kept) < dealt:
@@ -227,7 +228,7 @@ class Mix(Method, Sampler[int]):
             self.members,
             self.weights,
             self.length - dealt,
-            self._before + self.members.counts(kept),
+            self._drawn.with_dealt_(kept),
             seed=self.seed,
             at=(epoch, dealt),
         )
@@ -279,15 +280,8 @@ class Mix(Method, Sampler[int]):
             self.weights, signal = updated(self)
             # what measure() told may differ between ranks; what it comes to may not
             ranks.broadcast_([self.weights] if signal is None else [self.weights, signal])
-        self._note(step, signal)
+        self._history.note(step, self.weights, self.losses.latest, signal)
         self._due = options.moves
-
-    def _note(self, step: int, signal: Tensor | None = None) -> None:
-        latest = self.losses.latest.tolist()
-        self._history["steps"].append(step)
-        self._history["weights"].append(self.weights.tolist())
-        self._history["losses"].append([None if loss != loss else loss for loss in latest])
-        self._history["signal"].append(None if signal is None else signal.tolist())
 
     # ---- a torch Sampler ---------------------------------------------------------------------
 
@@ -374,7 +368,7 @@ class Mix(Method, Sampler[int]):
                 "sources": list(self.names),
                 "sizes": self.members.sizes.tolist(),
                 "drawn": (self.losses.drawn + self.losses.counts).tolist(),
-                **{key: list(values) for key, values in self._history.items()},
+                **self._history.state_dict(),
             }
         }
 

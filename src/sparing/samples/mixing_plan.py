@@ -38,7 +38,7 @@ class Members:
         self.sizes: Ids = np.bincount(ids, minlength=sources).astype(np.int64)
         self._order = np.argsort(self.source_of, kind="stable")
         self._first = np.concatenate(([0], np.cumsum(self.sizes)))
-        self._turns: dict[int, tuple[tuple[int, int], Ids]] = {}
+        self._turns: dict[tuple[int, int, int], Ids] = {}
 
     def members(self, source: int) -> Ids:
         """The samples of a source, ascending."""
@@ -50,24 +50,54 @@ class Members:
 
     def through(self, source: int, start: int, count: int, seed: int) -> Ids:
         """The samples of a source at ``start`` and after in its row of permutations: (count,)."""
-        size, found = int(self.sizes[source]), []
-        while count > 0:
-            turn, place = divmod(start, size)
-            part = self._permutation(source, turn, seed)[place : place + count]
-            found.append(part)
-            start, count = start + part.size, count - part.size
-        return np.concatenate(found) if found else np.zeros(0, np.int64)
+        if count <= 0:
+            return np.zeros(0, np.int64)
+        size = int(self.sizes[source])
+        first, last = start // size, (start + count - 1) // size
+        for key in [k for k in self._turns if k[0] == source and not first <= k[1] <= last]:
+            del self._turns[key]  # the next look goes on from here: earlier ones never come again
+        turns = [self._permutation(source, turn, seed) for turn in range(first, last + 1)]
+        found = turns[0] if len(turns) == 1 else np.concatenate(turns)
+        return found[start - first * size : start - first * size + count]
 
     def _permutation(self, source: int, turn: int, seed: int) -> Ids:
-        kept = self._turns.get(source)
-        if kept is None or kept[0] != (turn, seed):
-            key = np.random.SeedSequence((seed, source, turn, 1))
-            random = np.random.Generator(np.random.SFC64(key))
-            kept = self._turns[source] = ((turn, seed), random.permutation(self.members(source)))
-        return kept[1]
+        key = (source, turn, seed)
+        if key not in self._turns:
+            random = np.random.Generator(
+                np.random.SFC64(np.random.SeedSequence((seed, source, turn, 1)))
+            )
+            self._turns[key] = random.permutation(self.members(source))
+        return self._turns[key]
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_turns": {}}
+
+
+@final
+class Drawn:
+    """How many draws of each source came: ``before``, (D,), and in the dealt part of a plan.
+
+    The dealt part only grows while a plan is in use, and stays as it was: each look counts what is
+    new in it.
+    """
+
+    def __init__(self, members: Members, before: Ids | None = None) -> None:
+        self._members = members
+        self.before = np.zeros_like(members.sizes) if before is None else before
+        self._at, self._dealt = 0, np.zeros_like(members.sizes)
+
+    def with_dealt_(self, dealt: Ids) -> Ids:
+        """Those of earlier plans and of the part of this one that is dealt, (n,): (D,)."""
+        if dealt.size < self._at:
+            self._at, self._dealt = 0, np.zeros_like(self.before)
+        self._dealt = self._dealt + self._members.counts(dealt[self._at :])
+        self._at = dealt.size
+        return self.before + self._dealt
+
+    def close_(self, plan: Ids) -> None:
+        """The whole plan came; the next look is at another."""
+        self.before = self.before + self._members.counts(plan)
+        self._at, self._dealt = 0, np.zeros_like(self.before)
 
 
 def mixed(
@@ -88,12 +118,16 @@ def mixed(
         )
     counts = allocate(length, weights).tolist()
     random = draw.generator(seed, at[0] * 1_000_003 + at[1])
-    ids, keys = [], []
+    ids, keys, done = np.empty(length, np.int64), random.random(length), 0
     for source, count in enumerate(counts):
-        ids.append(members.through(source, int(before[source]), count, seed))
-        keys.append((np.arange(count) + random.random(count)) / max(1, count))
-    order = np.argsort(np.concatenate(keys), kind="stable")
-    return np.concatenate(ids)[order]
+        part = slice(done, done + count)
+        ids[part] = members.through(source, int(before[source]), count, seed)
+        keys[part] += np.arange(count)
+        keys[part] /= max(1, count)
+        done += count
+    # a source's keys ascend, so that the stable sort merges few runs
+    found: Ids = ids[np.argsort(keys, kind="stable")]
+    return found
 
 
 def tensor(index: Ids) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 
 from sparing.core import ranks
 from sparing.core.errors import RequestError
-from sparing.samples.mixing_plan import tensor
+from sparing.samples.mixing_plan import Drawn, tensor
 
 if TYPE_CHECKING:
     from sparing.samples.mix import Mix
@@ -28,7 +28,7 @@ class MixState:
             "size": int(mix.members.source_of.size),
             "weights": mix.weights.clone(),
             "losses": mix.losses.state_dict(),
-            "before": torch.from_numpy(mix._before.copy()),
+            "before": torch.from_numpy(mix._drawn.before.copy()),
             "plan": None if mix._plan is None else tensor(mix._plan).to(torch.int32),
             "epoch": mix._epoch,
             "ticks": mix.ticks,
@@ -38,7 +38,7 @@ class MixState:
             "due": mix._due,
             "seen": mix.seen,
             "paid": mix._paid,
-            "history": {key: list(values) for key, values in mix._history.items()},
+            "history": mix._history.state_dict(),
         }
 
     @staticmethod
@@ -52,7 +52,7 @@ class MixState:
             )
         mix.weights = state["weights"].clone()
         mix.losses.load_state_dict(state["losses"])
-        mix._before = state["before"].numpy().copy()
+        mix._drawn = Drawn(mix.members, state["before"].numpy().copy())
         plan = state["plan"]
         mix._plan = None if plan is None else plan.numpy().astype(np.int64)
         mix._epoch, mix.ticks, mix._steps = state["epoch"], state["ticks"], state["steps"]
@@ -60,4 +60,4 @@ class MixState:
         mix.seen, mix._paid = state["seen"], state["paid"]
         mix._start, mix._reported = state["done"], 0
         mix._exhausted = mix._plan is not None and mix._start >= mix.length
-        mix._history = {key: list(values) for key, values in state["history"].items()}
+        mix._history.load_state_dict(state["history"])

@@ -1,13 +1,31 @@
-"""AdamW for one group of an optimizer whose other groups follow other rules."""
+"""AdamW for one group of an optimizer whose other groups follow other rules; their shared parts."""
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
+
+from sparing.core.checks import require_number
+
+
+def require_options(group: Mapping[str, Any], *names: str) -> None:
+    """RequestError unless the named options are at least 0 and each of ``betas`` from 0 to 1."""
+    for name in names:
+        require_number(name, group[name], 0)
+    for beta in group["betas"]:
+        require_number("each of betas", beta, 0, 1)
+
+
+def loss_of(closure: Callable[[], float] | None) -> float | None:
+    """What an optimizer's step is told of the loss, with gradients on; None without a closure."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
 
 
 def adamw_(group: dict[str, Any], state: MutableMapping[Tensor, Any]) -> None:

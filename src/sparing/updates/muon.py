@@ -8,7 +8,6 @@ its own here.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, final
 
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from sparing.core.checks import require_number, require_whole
 from sparing.core.errors import RequestError
-from sparing.updates.adamw import adamw_
+from sparing.updates.adamw import adamw_, loss_of, require_options
 
 # quintic coefficients of the original post: fast growth of small singular values, to about 1
 A, B, C = 3.4445, -4.7750, 2.0315
@@ -90,10 +89,8 @@ class Muon(torch.optim.Optimizer):
         """Add a group; errors as for the constructor."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        for name, most in (("lr", math.inf), ("weight_decay", math.inf), ("momentum", 1)):
-            require_number(name, group[name], 0, most)
-        for beta in group["betas"]:
-            require_number("each of betas", beta, 0, 1)
+        require_options(group, "lr", "weight_decay")
+        require_number("momentum", group["momentum"], 0, 1)
         require_whole("iterations", group["iterations"], 1)
         if group["rule"] not in ("muon", "adamw"):
             raise RequestError(f'rule must be "muon" or "adamw", got "{group["rule"]}"')
@@ -109,10 +106,7 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One update of all parameters that have a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         for group in self.param_groups:
             if group["rule"] == "muon":
                 self._muon(group)

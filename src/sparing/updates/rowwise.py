@@ -14,10 +14,9 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from sparing.core.checks import require_number
 from sparing.core.errors import RequestError, unknown
 from sparing.core.sparse_gradients import coalesced
-from sparing.updates.adamw import adamw_
+from sparing.updates.adamw import adamw_, loss_of, require_options
 from sparing.updates.lagging import ROWS_AT_ONCE, Readers, catch_up_
 from sparing.updates.options import RULES
 
@@ -78,10 +77,7 @@ class RowWise(torch.optim.Optimizer):
         """Add a group; errors as for the constructor."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        for name in ("lr", "eps", "weight_decay"):
-            require_number(name, group[name], 0)
-        for beta in group["betas"]:
-            require_number("each of betas", beta, 0, 1)
+        require_options(group, "lr", "eps", "weight_decay")
         rule = group["rule"]
         if rule not in RULES:
             raise unknown("rule", rule, RULES)
@@ -103,10 +99,7 @@ class RowWise(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One update of all parameters that have a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         for group in self.param_groups:
             if group["rule"] == "adamw":
                 self._adamw(group)
