@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from sparing.convert import activations
 from sparing.convert.checkpoint import Whole
 from sparing.convert.deciding import from_model, without_data
+from sparing.convert.forms import Asked
 from sparing.convert.native import Native, method_of
 from sparing.convert.options import Conversion
 from sparing.convert.pieces import Decision, Pieces
@@ -94,7 +95,8 @@ def convert_(
         for module, training in modes:
             module.training = training
     pieces = Pieces(dense, noise=options.noise, seed=options.seed)
-    ((_, entries),) = Native().files(pieces, decisions, options).items()
+    asked = Asked(pieces=pieces, decisions=decisions, options=options)
+    ((_, entries),) = Native().files(asked).items()
     method = method_of(options, decisions)
     place_(
         model,

@@ -31,9 +31,8 @@ def plan(recipe: Recipe) -> dict[str, Any]:
         by_epochs = train.epochs * -(-length // (train.batch_size * train.accumulate))
     budgets = [n for n in (planned_steps(recipe, task), by_epochs) if n is not None]
     steps = min(budgets)
-    order = torch.randperm(
-        len(task.train), generator=torch.Generator().manual_seed(recipe.seed)
-    ).split(train.batch_size)
+    shuffled = torch.randperm(len(task.train), generator=torch.Generator().manual_seed(recipe.seed))
+    order = torch.split(shuffled, train.batch_size)
     setup = Setup(
         seed=recipe.seed,
         steps=steps,
