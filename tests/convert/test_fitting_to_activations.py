@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sparing.convert import Conversion, activations, convert, fitting, simulating, to_dense
 from sparing.convert.deciding import from_model, scores_of
-from sparing.convert.reading import packed, texts_of, written
+from sparing.convert.reading import in_batches, packed, texts_of, written
 from sparing.convert.skeleton import skeleton
 from sparing.core.errors import RequestError
 from sparing.experts.families import feed_forwards
@@ -326,6 +326,10 @@ def test_packing_cuts_sequences_of_one_length():
 
     found = packed(["abcde", "fghij"], tokenizer, 2, 4)
     assert found[0]["input_ids"].tolist() == [[97, 98, 99, 100], [101, 102, 103, 104]]
+    for length, rows in ((8, 4), (256, 4), (512, 2), (2048, 1)):
+        made = in_batches(torch.zeros(5, length, dtype=torch.int64))
+        assert len(made[0]["labels"]) == rows
+        assert sum(len(batch["input_ids"]) for batch in made) == 5
     with pytest.raises(RequestError, match="two tokens"):
         packed(["a"], tokenizer, 2, 4)
 

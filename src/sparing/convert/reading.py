@@ -15,7 +15,7 @@ from sparing.core.lines import numbered_json
 
 Batch = Mapping[str, Tensor]
 Batches = Iterable[Batch]
-ROWS = 4
+ROWS, AT_ONCE = 4, 1024
 
 
 def texts_of(files: Sequence[str | Path]) -> list[str]:
@@ -79,8 +79,13 @@ def tokenizer_in(directory: Path) -> Any:
 
 
 def in_batches(ids: Tensor) -> list[Batch]:
-    """Token sequences (N, S) as batches of ``ROWS`` with labels."""
-    return [{"input_ids": part, "labels": part} for part in torch.split(ids, ROWS)]
+    """Token sequences (N, S) as batches of at most ``ROWS`` and ``AT_ONCE`` tokens, with labels.
+
+    A sequence is never cut. Importance holds the activations of a batch and the logits of a large
+    vocabulary several times over.
+    """
+    rows = max(1, min(ROWS, AT_ONCE // max(1, ids.shape[1])))
+    return [{"input_ids": part, "labels": part} for part in torch.split(ids, rows)]
 
 
 def written(model: Any, sequences: int, length: int, seed: int) -> list[Batch]:
