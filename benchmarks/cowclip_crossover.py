@@ -125,7 +125,7 @@ def measure(point: dict[str, Any], tables: dict[int, tuple[Tensor, Tensor]]) -> 
     mixed = point["lookups"] >= rows / 20 and rows < LARGEST
     functions = {f"{a}, {b}": combination(a, b) for a, b in COMBINATIONS if a == b or mixed}
     functions["auto"] = lambda: auto(ids, grad, weight, threshold)
-    often = {LARGEST: 2, 10**7: 3, 10**6: 7, 10**4: 61}.get(rows, 21)
+    often = {LARGEST: 2, 10**7: 4, 10**6: 8, 10**4: 60}.get(rows, 20)  # half of them backwards
     times = {
         name: kinds["cpu"]
         for name, kinds in in_turns(

@@ -47,6 +47,7 @@ def in_turns(
 ) -> dict[str, dict[str, list[float]]]:
     """Call each function once a round, so that a disturbed machine disturbs all of them alike.
 
+    Every other round goes backwards: what runs before a function decides what it finds in caches.
     ``before`` runs untimed before each call, and then the function itself ``untimed`` times: for
     what is called again and again, and never after something that emptied the caches. Returns
     {name: {"wall": seconds, "cpu": seconds of all threads of the process, "others": share of the
@@ -61,7 +62,8 @@ def in_turns(
     try:
         while True:
             found = {}
-            for name, function in functions.items():
+            order = list(functions.items())
+            for name, function in order if len(rounds) % 2 else order[::-1]:
                 before()
                 for _ in range(untimed):
                     function()

@@ -247,7 +247,8 @@ class _Run:
     @property
     def _unit(self) -> str:
         """What is counted as a token: where no sample is a sequence, samples."""
-        return "samples" if self.task.tokens_per_sample == 1 else "tokens"
+        clock = self.session.clock
+        return "samples" if clock.tokens == clock.samples else "tokens"
 
     def _log_event(self, event: dict[str, Any]) -> None:
         told = {key: value for key, value in event.items() if key != "kind"}
