@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from cowclip_crossover import drawn
 from record import in_turns, spread, write
+from sparing.core import sparse_gradients
 from sparing.tasks.clicks.models import ClickModel
-from sparing.updates import lookups
 from sparing.updates.cowclip import CowClip
 from sparing.updates.rowwise import RowWise
 
@@ -65,16 +65,20 @@ def trained(
         spent.append((time.process_time() - start, added[0]))
         added[0] = 0.0
 
-    def adding(weight: Tensor) -> None:
-        start = time.process_time()
-        lookups.add_up(weight)
-        added[0] += time.process_time() - start
+    def timing(weight: Tensor) -> Callable[[Tensor], Tensor]:
+        def adding(grad: Tensor) -> Tensor:
+            start = time.process_time()
+            found = sparse_gradients.added(weight, grad)
+            added[0] += time.process_time() - start
+            return found
+
+        return adding
 
     method.grads = timed  # type: ignore[method-assign]
-    for table in method.tables:  # the hook that does it, timed
-        assert table.lookups is not None
-        table.lookups.adding.remove()
-        table.weight.register_post_accumulate_grad_hook(adding)  # type: ignore[no-untyped-call]
+    for handle in method._adding:  # the hooks that do it, timed
+        handle.remove()
+    for table in tables:
+        table.register_hook(timing(table))  # type: ignore[no-untyped-call]
 
     def run() -> None:
         for done, start in enumerate(range(0, len(ids), batch), start=1):

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import unserializable_hook
 
+from sparing.core import ranks
 from sparing.core.errors import RequestError
 
 DENSE_ONLY = (
@@ -69,7 +73,10 @@ def coalesced(grad: Tensor) -> Tensor:
     fits = values.ndim == 2 and 0 < size < _PACKED and rows <= _PACKED
     if grad.is_coalesced() or not (ours and fits):
         return grad.coalesce()
-    key = grad._indices()[0].numpy() << 32
+    plain = grad._indices()[0].numpy()
+    if (plain[1:] > plain[:-1]).all():  # as it is already; autograd forgets that it is
+        return _marked(grad._indices(), values, grad.shape)
+    key = plain << 32
     key |= np.arange(size)
     key.sort()
     order = torch.from_numpy(key.astype(np.uint32).astype(np.int64))
@@ -79,10 +86,42 @@ def coalesced(grad: Tensor) -> Tensor:
     np.not_equal(key[1:], key[:-1], out=first[1:])
     starts = np.flatnonzero(first)
     summed = nn.functional.embedding_bag(order, values, torch.from_numpy(starts), mode="sum")
-    ids = torch.from_numpy(key[starts])
-    return torch.sparse_coo_tensor(
-        ids[None], summed, grad.shape, is_coalesced=True, check_invariants=False
-    )
+    return _marked(torch.from_numpy(key[starts])[None], summed, grad.shape)
+
+
+def _marked(ids: Tensor, values: Tensor, shape: torch.Size) -> Tensor:
+    return torch.sparse_coo_tensor(ids, values, shape, is_coalesced=True, check_invariants=False)
+
+
+def add_up(model: nn.Module) -> list[Any]:
+    """Have sparse gradients of the model's tables added up fast; the handles of the hooks.
+
+    torch adds the gradients of micro-batches up entry by entry, several times slower than one sort
+    of both.
+    """
+    tables = [m for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)]
+    weights = {id(m.weight): m.weight for m in tables if m.weight.requires_grad}
+    # a model that is pickled comes back without them, which is no loss
+    hooks = [(w, unserializable_hook(partial(added, w))) for w in weights.values()]  # type: ignore[no-untyped-call]
+    return [weight.register_hook(hook) for weight, hook in hooks]  # type: ignore[no-untyped-call]
+
+
+@torch.no_grad()
+def added(weight: Tensor, grad: Tensor) -> Tensor:
+    """A hook before a gradient is added to what micro-batches left: of sparse ones, the sum.
+
+    What is there is taken away, and the sum comes in its place. Not beside hooks of others, who are
+    to see the gradient of one backward pass, nor under DDP, which has its own.
+    """
+    if not grad.is_sparse or len(weight._backward_hooks or ()) > 1 or ranks.distributed():
+        return grad
+    before = weight.grad
+    if before is None or not before.is_sparse:
+        return coalesced(grad)
+    weight.grad = None
+    ids = torch.cat([before._indices(), grad._indices()], dim=1)
+    values = torch.cat([before._values(), grad._values()])
+    return coalesced(torch.sparse_coo_tensor(ids, values, grad.shape, check_invariants=False))
 
 
 @torch.no_grad()

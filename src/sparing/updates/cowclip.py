@@ -18,7 +18,7 @@ from sparing.core.clock import Clock
 from sparing.core.errors import RequestError, RunError
 from sparing.core.ledger import Ledger
 from sparing.core.method import Context, Method, ParamGroups, Setup, Signal
-from sparing.core.sparse_gradients import coalesced
+from sparing.core.sparse_gradients import add_up, coalesced
 from sparing.updates import clip, crossover, direct, reduction, tables
 from sparing.updates.binding import BINS, Binding
 from sparing.updates.lagging import Readers
@@ -55,6 +55,7 @@ class CowClip(Method):
         # of a step that is under way: rows with a gradient, and whether others have none at all
         self._updated: dict[str, tuple[int, bool]] = {}
         self._handles: list[Any] = []
+        self._adding: list[Any] = []  # hooks that add up sparse gradients
         self._readers: list[Readers] = []  # of tables whose rows may lag behind their decay
         self._entered = [0, 0, 0, 0]  # row updates and bytes, spent and dense, not yet accounted
 
@@ -89,9 +90,9 @@ class CowClip(Method):
 
     def remove(self) -> None:
         """End what ``direct`` began; the counts stay."""
-        for handle in self._handles:
+        for handle in [*self._handles, *self._adding]:
             handle.remove()
-        self._handles = []
+        self._handles, self._adding = [], []
         for readers in self._readers:
             readers.all_()
         for table in self.tables:
@@ -148,6 +149,9 @@ class CowClip(Method):
                     "its own (model.to_empty(device=...), then load or initialise) before binding"
                 )
             table.lookups = follow(table.weight, table.modules, form)
+        for handle in self._adding:
+            handle.remove()
+        self._adding = add_up(model)
 
     @torch.no_grad()
     def grads(

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from sparing.core import ranks
 from sparing.core.errors import RequestError
-from sparing.core.sparse_gradients import coalesced
 from sparing.updates.occurrences import Occurrences, count, held, joined_all, nothing
 
 AT_ONCE = 1 << 24
@@ -32,7 +31,6 @@ class Lookups:
         self.ran = False
         self.version: int | None = None
         """Of the gradient when it was last added to; None where nobody watches it."""
-        self.adding: Any = None  # the handle of the hook that adds up sparse gradients
         self._ids: list[Tensor] = []  # of lookups that are still to be counted
         self._parts: list[Occurrences] = []
         self._whole = False  # the gradients of all parts have been added up
@@ -115,28 +113,13 @@ def follow(weight: nn.Parameter, modules: list[nn.Module], form: str) -> Lookups
             if isinstance(hook, Lookups) and hook.weight is weight:
                 return hook
     lookups = Lookups(weight, form)
-    lookups.adding = weight.register_post_accumulate_grad_hook(add_up)  # type: ignore[no-untyped-call]
     for module in modules:
         module.register_forward_hook(lookups, with_kwargs=True)
     return lookups
 
 
-def add_up(weight: Tensor) -> None:
-    """Each row of a sparse gradient once, as soon as it is there.
-
-    torch puts the gradients of micro-batches one behind the other, and copies all that is there
-    for each: many of them would cost as much as their number squared.
-    """
-    grad = weight.grad
-    if grad is not None and grad.is_sparse and not ranks.distributed():  # DDP has hooks of its own
-        weight.grad = coalesced(grad)
-
-
 def unfollow(lookups: Lookups, modules: list[nn.Module]) -> None:
-    """Take the hooks away again."""
-    if lookups.adding is not None:
-        lookups.adding.remove()
-        lookups.adding = None
+    """Take the hook away again."""
     for module in modules:
         for key, hook in list(module._forward_hooks.items()):
             if hook is lookups:
