@@ -9,6 +9,7 @@ from functools import partial
 import lightning.pytorch as pl
 import pytest
 import torch
+from accelerate import Accelerator
 from clicks import Model, batch, loss_of, reference
 from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits
@@ -101,6 +102,21 @@ def test_in_a_plain_loop(expected):
     loss_of(model, IDS, LABELS).backward()
     optimizer.step()
     same(model, expected)
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_in_a_loop_of_accelerate(expected, accumulate):
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulate)
+    plain = Model(sparse=True)
+    model, optimizer = accelerator.prepare(plain, sgd(plain.parameters()))
+    CowClip.direct(model, optimizer, clip=LARGEST, **TIGHT)
+    size = len(IDS) // accumulate
+    for ids, labels in zip(IDS.split(size), LABELS.split(size), strict=True):
+        with accelerator.accumulate(model):
+            accelerator.backward(loss_of(model, ids, labels))
+            optimizer.step()
+            optimizer.zero_grad()
+    same(plain, expected)
 
 
 @pytest.mark.parametrize("accumulate", [1, 4])
