@@ -93,6 +93,12 @@ def test_overrides():
         load(NAME, ["about=null"])
 
 
+@pytest.mark.parametrize("given", ["price", "[price]"])
+def test_one_name_is_a_list_of_one(given):
+    made = load("clicks-cowclip", [f"task.numeric={given}", "task.path=log.csv"])
+    assert made.task["numeric"] == ("price",)
+
+
 def test_methods_come_and_go_by_override():
     assert load(NAME, ["methods.dynmoe=null"]).methods == {}
     assert load(NAME, ["methods.dynmoe=null"], smoke=True).methods == {}

@@ -234,7 +234,7 @@ def checked(kind: type[Any], given: Any, where: str) -> Any:
         raise RequestError(f"{where} must be a mapping of options, got {given!r}")
     _check_keys(kind, given, where)
     try:
-        return _adapter(kind).validate_python(dict(given))
+        return _adapter(kind).validate_python(_listed(kind, given))
     except ValidationError as error:
         first = error.errors()[0]
         cause = first.get("ctx", {}).get("error")
@@ -242,6 +242,19 @@ def checked(kind: type[Any], given: Any, where: str) -> Any:
             raise RequestError(f"{where}: {cause}") from None
         path = ".".join([where, *(str(part) for part in first["loc"])])
         raise RequestError(f"{path}: {first['msg']}, got {first['input']!r}") from None
+
+
+def _listed(kind: type[Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """As given; where a list is expected, of any length, one text or number is a list of one."""
+    hints = get_type_hints(kind)
+    found = dict(given)
+    for key, value in given.items():
+        hint = hints[key]
+        kinds = (hint,) if get_origin(hint) is tuple else get_args(hint)  # or of a union
+        lists = any(get_origin(part) is tuple and get_args(part)[1:] == (...,) for part in kinds)
+        if lists and isinstance(value, str | int | float) and type(value) not in kinds:
+            found[key] = (value,)
+    return found
 
 
 def _adapter(kind: type[Any]) -> TypeAdapter[Any]:
