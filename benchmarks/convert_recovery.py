@@ -5,12 +5,13 @@
     python benchmarks/convert_recovery.py --preset smollm2 --seeds 1
 
 The recipe language-convert with its preset ``own``: text that the dense model draws from its first
-token, other text of the same kind to validate on. Arms: converted by co-activation with a fitted
-gate, scale and mean compensation; LLaMA-MoE's published setting (random split, n/k, random gate); a
-dense model cut to the active width by importance; and the dense model trained on, the ceiling. All
-have the same windows in the same order for the same tokens; a seed decides split, gate and order.
-The record has each run's loss over tokens, the share of the budget after which the converted model
-is at the published setting's final loss, and paired differences at the end with 95 % intervals.
+token, other text of the same kind to validate on. Arms: converted by importance for clusters of
+tokens with a fitted gate, scale and mean compensation; LLaMA-MoE's published setting (random split,
+n/k, random gate); a dense model cut to the active width by importance; and the dense model trained
+on, the ceiling. All have the same windows in the same order for the same tokens; a seed decides
+split, gate and order. The record has each run's loss over tokens, the share of the budget after
+which the converted model is at the published setting's final loss, and paired differences at the
+end with 95 % intervals.
 Each finished run in --out is kept, an unfinished one is resumed; benchmarks/records/<record>.json
 is written after each run.
 """
