@@ -16,7 +16,7 @@ from sparing.core.decoding import continued
 from sparing.core.errors import RequestError, nearest
 from sparing.core.modes import evaluating
 from sparing.core.task import Samples
-from sparing.tasks import causal, figures
+from sparing.tasks import causal, figures, scores
 from sparing.tasks.continued import own
 from sparing.tasks.continued.options import OWN, ContinuedOptions
 from sparing.tasks.continued.texts import split_of, windows
@@ -169,22 +169,12 @@ class Continued:
 
     def documents(self, model: nn.Module) -> dict[str, Tensor]:
         """Nats a token of each held-out window, by domain: (n,) float64 each, on the CPU."""
-        held = self._ready()[1]
-        device = causal.device_of(model)
-        parts = []
-        with evaluating(model):
-            for index in torch.split(torch.arange(len(held)), self.options.eval_batch):
-                batch = {key: part.to(device) for key, part in held.batch(index).items()}
-                parts.append(self.losses(model, batch)[0].double().cpu())
-        each = torch.cat(parts)
-        return {name: each[held.source == place] for place, name in enumerate(self.domains)}
+        held, size = self._ready()[1], self.options.eval_batch
+        return scores.by_domain(model, self.losses, held, self.domains, size)
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Nats a token on held-out windows: the domains' mean, and each domain's."""
-        scores = {name: float(each.mean()) for name, each in self.documents(model).items()}
-        mean = sum(scores.values()) / len(scores)
-        named = {f"{self.metric}/{name}": score for name, score in scores.items()}
-        return {self.metric: mean, **named}
+        return scores.means(self.metric, self.documents(model))
 
     def references(self) -> dict[str, dict[str, float]]:
         """What the trained model reaches before anything is done to it, by domain and mean."""
@@ -193,9 +183,9 @@ class Continued:
         return figures.kept("continued", key, {*self.domains, "mean"}, self._before)
 
     def _before(self) -> figures.Scores:
-        scores = self.evaluate(causal.pretrained(self.folder))
-        row = {name: scores[f"{self.metric}/{name}"] for name in self.domains}
-        return {"before": {**row, "mean": scores[self.metric]}}
+        found = self.evaluate(causal.pretrained(self.folder))
+        row = {name: found[f"{self.metric}/{name}"] for name in self.domains}
+        return {"before": {**row, "mean": found[self.metric]}}
 
     def export(self, model: nn.Module, path: Path) -> None:
         """Write a model without experts as transformers reads it, whole or not at all."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from sparing.core.errors import RequestError, nearest, unknown
 from sparing.core.modes import evaluating
 from sparing.core.task import Samples
-from sparing.tasks import causal
+from sparing.tasks import causal, scores
 from sparing.tasks.instruct import derived, reference, rows, templates
 from sparing.tasks.instruct.examples import Examples
 from sparing.tasks.instruct.options import InstructOptions
@@ -177,24 +177,12 @@ class Instruct:
 
     def documents(self, model: nn.Module) -> dict[str, Tensor]:
         """The loss of each held-out example, by source: (n,) float64 each, on the CPU."""
-        held = self._ready()[1]
-        device = causal.device_of(model)
-        parts = []
-        with evaluating(model):
-            for index in torch.split(torch.arange(len(held)), self.options.eval_batch):
-                batch = {key: part.to(device) for key, part in held.batch(index).items()}
-                parts.append(self.losses(model, batch)[0].double().cpu())
-        each = torch.cat(parts)
-        return {name: each[held.source == place] for place, name in enumerate(self.domains)}
+        held, size = self._ready()[1], self.options.eval_batch
+        return scores.by_domain(model, self.losses, held, self.domains, size)
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """The held-out loss: the sources' mean, and each source's."""
-        scores = {name: float(each.mean()) for name, each in self.documents(model).items()}
-        mean = sum(scores.values()) / len(scores)
-        return {
-            "completion_loss": mean,
-            **{f"completion_loss/{name}": score for name, score in scores.items()},
-        }
+        return scores.means(self.metric, self.documents(model))
 
     def references(self) -> dict[str, dict[str, float]]:
         """Held-out losses of counts of the completions' tokens, by source and ``"mean"``."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sparing.core.errors import RequestError, nearest
 from sparing.core.modes import evaluating
 from sparing.core.task import Samples
-from sparing.tasks import causal
+from sparing.tasks import causal, scores
 from sparing.tasks.language import corpus, reference
 from sparing.tasks.language.dataset import Windows, held_out_windows, passages
 from sparing.tasks.language.options import BYTES, LanguageOptions
@@ -161,12 +161,7 @@ class Language:
         Every window is scored from its first byte on, without the text before it. Modes and
         generators are left as they were.
         """
-        scores = {name: float(each.mean()) for name, each in self.documents(model).items()}
-        mean = sum(scores.values()) / len(scores)
-        return {
-            "bits_per_byte": mean,
-            **{f"bits_per_byte/{name}": score for name, score in scores.items()},
-        }
+        return scores.means(self.metric, self.documents(model))
 
     def documents(self, model: nn.Module) -> dict[str, Tensor]:
         """Bits per byte of each held-out window, by domain: (n,) float64 each, on the CPU."""

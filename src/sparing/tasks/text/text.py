@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from sparing.core.errors import RequestError, nearest
 from sparing.core.modes import evaluating
 from sparing.core.task import Samples
+from sparing.tasks import scores
 from sparing.tasks.text import encoders, reference, sources
 from sparing.tasks.text.dataset import Texts
 from sparing.tasks.text.options import TextOptions
@@ -130,11 +131,7 @@ class Text:
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Accuracy in percent on the held-out texts: the classes' mean and each class's."""
-        scores = {name: float(each.mean()) for name, each in self.documents(model).items()}
-        return {
-            "accuracy": sum(scores.values()) / len(scores),
-            **{f"accuracy/{name}": score for name, score in scores.items()},
-        }
+        return scores.means(self.metric, self.documents(model))
 
     def documents(self, model: nn.Module) -> dict[str, Tensor]:
         """By class, 100 for each held-out text that is put right, else 0: (n,) float64."""

@@ -18,6 +18,7 @@ from sparing.core.errors import RequestError, nearest
 from sparing.core.modes import evaluating
 from sparing.core.state import atomic_save, atomic_write_json, replacing
 from sparing.core.task import Samples
+from sparing.tasks import scores
 from sparing.tasks.unprepared import Unprepared
 from sparing.tasks.vision import reference, sources
 from sparing.tasks.vision.dataset import Images, Labelled, development
@@ -124,11 +125,7 @@ class Vision:
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Accuracy in percent on the held-out images: the classes' mean and each class's."""
-        scores = {name: float(each.mean()) for name, each in self.documents(model).items()}
-        return {
-            "accuracy": sum(scores.values()) / len(scores),
-            **{f"accuracy/{name}": score for name, score in scores.items()},
-        }
+        return scores.means(self.metric, self.documents(model))
 
     def documents(self, model: nn.Module) -> dict[str, Tensor]:
         """By class, 100 for each held-out image that is put right, else 0: (n,) float64."""
