@@ -1,10 +1,13 @@
-"""Checks of numbers that users give."""
+"""Checks of what users give: numbers, and names of options."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from dataclasses import fields
+from typing import Any
 
-from sparing.core.errors import RequestError
+from sparing.core.errors import RequestError, nearest
 
 
 def require_whole(name: str, value: object, least: int) -> None:
@@ -26,3 +29,11 @@ def require_number(
     if most == math.inf:
         raise RequestError(f"{name} must be at least {least:g}, got {value}")
     raise RequestError(f"{name} must be in [{least:g}, {most:g}], got {value}")
+
+
+def require_known(name: str, given: Iterable[Any], kind: Any) -> None:
+    """Raise RequestError for an option that the dataclass ``kind`` does not have."""
+    known = [f.name for f in fields(kind)]
+    for key in given:
+        if key not in known:
+            raise RequestError(f'{name} has no option "{key}"; {nearest(str(key), known)}')

@@ -22,15 +22,16 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, final
 
 import torch
 from torch import Tensor, nn
 
+from sparing.core.checks import require_known
 from sparing.core.clock import Clock
-from sparing.core.errors import RequestError, nearest
+from sparing.core.errors import RequestError
 
 if TYPE_CHECKING:
     from sparing.core.ledger import Ledger
@@ -144,12 +145,7 @@ class Method(abc.ABC):
     whole model, which hosts enter into the ledger as the FLOPs that would have been spent."""
 
     def __init__(self, **options: Any) -> None:
-        known = [f.name for f in fields(self.Options)]
-        for key in options:
-            if key not in known:
-                raise RequestError(
-                    f'{type(self).__name__} has no option "{key}"; {nearest(key, known)}'
-                )
+        require_known(type(self).__name__, options, self.Options)
         self.options: Any = self.Options(**options)
 
     def __repr__(self) -> str:

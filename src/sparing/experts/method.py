@@ -7,14 +7,14 @@ import copy
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar, cast
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from sparing.core.checks import require_whole
+from sparing.core.checks import require_known, require_whole
 from sparing.core.clock import Clock
-from sparing.core.errors import RequestError, nearest
+from sparing.core.errors import RequestError
 from sparing.core.ledger import Ledger
 from sparing.core.method import Batch, Context, Method, Setup, Signal
 from sparing.core.padding import owners
@@ -81,10 +81,7 @@ def nested(name: str, value: Any, kind: type[Chosen]) -> Chosen:
         return value
     if not isinstance(value, Mapping):
         raise RequestError(f"{name} must be a mapping of options, got {value!r}")
-    known = [f.name for f in fields(cast(Any, kind))]
-    for key in value:
-        if key not in known:
-            raise RequestError(f'{name} has no option "{key}"; {nearest(str(key), known)}')
+    require_known(name, value, kind)
     return kind(**value)
 
 

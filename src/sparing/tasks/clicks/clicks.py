@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, ClassVar, Final, final
 
@@ -13,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparing.core.errors import DivergedError, RequestError, nearest
+from sparing.core.checks import require_known
+from sparing.core.errors import DivergedError, RequestError
 from sparing.core.modes import evaluating
 from sparing.core.task import Samples
 from sparing.tasks.clicks import page, prior, reference, sources
@@ -57,10 +57,7 @@ class Clicks:
     domains: tuple[str, ...] = (DOMAIN,)
 
     def __init__(self, **options: Any) -> None:
-        known = [f.name for f in fields(ClicksOptions)]
-        for key in options:
-            if key not in known:
-                raise RequestError(f'Clicks has no option "{key}"; {nearest(key, known)}')
+        require_known("Clicks", options, ClicksOptions)
         self.options = ClicksOptions(**options)
         self.fingerprint: str = ""
         self.train: Samples = Unprepared("clicks")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, ClassVar, final
 
@@ -12,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sparing.core.checks import require_known
 from sparing.core.decoding import continued
-from sparing.core.errors import RequestError, nearest
+from sparing.core.errors import RequestError
 from sparing.core.modes import evaluating
 from sparing.core.task import Samples
 from sparing.tasks import causal, figures, scores
@@ -69,10 +69,7 @@ class Continued:
     )
 
     def __init__(self, **options: Any) -> None:
-        known = [f.name for f in fields(ContinuedOptions)]
-        for key in options:
-            if key not in known:
-                raise RequestError(f'Continued has no option "{key}"; {nearest(key, known)}')
+        require_known("Continued", options, ContinuedOptions)
         self.options = ContinuedOptions(**options)
         self.domains: tuple[str, ...] = self.options.domains
         self.tokens_per_sample: int = self.options.seq_len

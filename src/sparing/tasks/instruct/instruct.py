@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, ClassVar, final
 
@@ -13,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparing.core.errors import RequestError, nearest, unknown
+from sparing.core.checks import require_known
+from sparing.core.errors import RequestError, unknown
 from sparing.core.modes import evaluating
 from sparing.core.task import Samples
 from sparing.tasks import causal, scores
@@ -51,10 +51,7 @@ class Instruct:
     )
 
     def __init__(self, **options: Any) -> None:
-        known = [f.name for f in fields(InstructOptions)]
-        for key in options:
-            if key not in known:
-                raise RequestError(f'Instruct has no option "{key}"; {nearest(key, known)}')
+        require_known("Instruct", options, InstructOptions)
         self.options = InstructOptions(**options)
         self.domains: tuple[str, ...] = ()
         self.tokens_per_sample: int = 1  # examples differ in length: budgets count samples

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, ClassVar, final
 
@@ -12,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparing.core.errors import RequestError, nearest
+from sparing.core.checks import require_known
+from sparing.core.errors import RequestError
 from sparing.core.modes import evaluating
 from sparing.core.task import Samples
 from sparing.tasks import causal, scores
@@ -47,10 +47,7 @@ class Language:
     )
 
     def __init__(self, **options: Any) -> None:
-        known = [f.name for f in fields(LanguageOptions)]
-        for key in options:
-            if key not in known:
-                raise RequestError(f'Language has no option "{key}"; {nearest(key, known)}')
+        require_known("Language", options, LanguageOptions)
         self.options = LanguageOptions(**options)
         self.domains: tuple[str, ...] = self.options.domains
         self.tokens_per_sample: int = self.options.seq_len

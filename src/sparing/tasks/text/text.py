@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, ClassVar, final
 
@@ -11,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparing.core.errors import RequestError, nearest
+from sparing.core.checks import require_known
+from sparing.core.errors import RequestError
 from sparing.core.modes import evaluating
 from sparing.core.task import Samples
 from sparing.tasks import scores
@@ -49,10 +49,7 @@ class Text:
     )
 
     def __init__(self, **options: Any) -> None:
-        known = [f.name for f in fields(TextOptions)]
-        for key in options:
-            if key not in known:
-                raise RequestError(f'Text has no option "{key}"; {nearest(key, known)}')
+        require_known("Text", options, TextOptions)
         self.options = TextOptions(**options)
         self.domains: tuple[str, ...] = ()
         self.fingerprint: str = ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar, final
 
@@ -14,7 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from sparing.core.errors import RequestError, nearest
+from sparing.core.checks import require_known
+from sparing.core.errors import RequestError
 from sparing.core.modes import evaluating
 from sparing.core.state import atomic_save, atomic_write_json, replacing
 from sparing.core.task import Samples
@@ -51,10 +52,7 @@ class Vision:
     tokens_per_sample = 1
 
     def __init__(self, **options: Any) -> None:
-        known = [f.name for f in fields(VisionOptions)]
-        for key in options:
-            if key not in known:
-                raise RequestError(f'Vision has no option "{key}"; {nearest(key, known)}')
+        require_known("Vision", options, VisionOptions)
         self.options = VisionOptions(**options)
         self.domains: tuple[str, ...] = ()
         self.fingerprint: str = ""
