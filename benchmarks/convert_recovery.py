@@ -6,12 +6,16 @@
 
 The recipe language-convert with its preset ``own``: text that the dense model draws from its first
 token, other text of the same kind to validate on. Arms: converted by importance for clusters of
-tokens with a fitted gate, scale and mean compensation; LLaMA-MoE's published setting (random split,
-n/k, random gate); a dense model cut to the active width by importance; and the dense model trained
-on, the ceiling. All have the same windows in the same order for the same tokens; a seed decides
-split, gate and order. The record has each run's loss over tokens, the share of the budget after
-which the converted model is at the published setting's final loss, and paired differences at the
-end with 95 % intervals.
+tokens with a fitted gate, scale and last projections, without the latter, and with half of what is
+active always on (16 experts, 4 active, 2 of them shared); LLaMA-MoE's published
+setting (random split, n/k, random gate with learned noise); a dense model cut to
+the active width by importance, with its last projections as they are and fitted, and one cut to as
+many active parameters as the converted model has with router and biases; and the dense model
+trained on, the ceiling. All have the same windows in the same order for the same tokens, but for
+the converted model on half of them, whose rate comes down over that half; a seed decides split,
+gate and order. The record has each run's loss over tokens, the share of the budget after which the
+converted model is at the published setting's final loss, and paired differences at the end with
+95 % intervals.
 Each finished run in --out is kept, an unfinished one is resumed; benchmarks/records/<record>.json
 is written after each run.
 """
@@ -40,16 +44,33 @@ from sparing.run.recipe import load
 
 RECIPE, METRIC = "language-convert", "nats_per_token"
 BEST, PUBLISHED = "converted", "published"
-ARMS = (BEST, PUBLISHED, "cut", "dense")
+SHARED = "with shared experts"
+HALF, EQUAL = "converted, half the tokens", "cut, as many active parameters"
+ARMS = (
+    BEST,
+    PUBLISHED,
+    "cut",
+    "dense",
+    HALF,
+    EQUAL,
+    "cut and fitted",
+    "without fitting projections",
+    SHARED,
+)
+FEW = (SHARED, *ARMS[:4])
+"""Those of a large model."""
+STORIES = {"width": 172}
 SMOLLM2: dict[str, Any] = {
-    "task.windows": 500,
-    "task.eval_windows": 16,
+    "task.domains": ["gsm8k", "shakespeare", "python"],
+    "task.windows": 200,
+    "task.eval_windows": 8,
     "task.eval_batch": 4,
-    "train.tokens": 128_000,
-    "train.batch_size": 4,
+    "train.tokens": 51_200,
+    "train.batch_size": 2,
     "train.learning_rate": 3e-4,
-    "watch.evaluate": 0.1,
+    "watch.evaluate": 0.2,
 }
+"""A budget for one processor core: text that is at hand, 100 steps, and rates nobody has tuned."""
 
 
 @contextmanager
@@ -101,22 +122,54 @@ def results(out: Path) -> dict[str, Any]:
                 "seconds": round(summary["seconds"], 1),
             }
     found: dict[str, Any] = {"unit": METRIC, "arms": arms}
-    found["share of the budget to the published setting's end"] = {
-        seed: _share(run, arms[PUBLISHED][seed])
-        for seed, run in arms.get(BEST, {}).items()
-        if seed in arms.get(PUBLISHED, {})
-    }
+    for arm in (BEST, SHARED):
+        found[f"share of the budget to the published setting's end, {arm}"] = {
+            seed: _share(run, arms[PUBLISHED][seed])
+            for seed, run in arms.get(arm, {}).items()
+            if seed in arms.get(PUBLISHED, {})
+        }
     for other in ARMS[1:]:
         both = sorted(arms.get(BEST, {}).keys() & arms.get(other, {}).keys())
         if len(both) > 1:
             ends = [arms[BEST][seed]["end"] - arms[other][seed]["end"] for seed in both]
-            interval = paired_interval(np.array(ends), 0.95)
-            found[f"{BEST} less {other}"] = {
-                "mean": round(statistics.mean(ends), 4),
-                "interval": [round(float(interval.low), 4), round(float(interval.high), 4)],
-                "seeds": both,
-            }
+            found[f"{BEST} less {other}"] = _difference(ends, both)
+    both = sorted(arms.get(HALF, {}).keys() & arms.get(PUBLISHED, {}).keys())
+    if len(both) > 1:
+        ends = [arms[HALF][seed]["end"] - arms[PUBLISHED][seed]["end"] for seed in both]
+        found[f"{HALF} less {PUBLISHED}"] = _difference(ends, both)
     return found
+
+
+def _difference(ends: list[float], seeds: list[int]) -> dict[str, Any]:
+    """The mean of paired differences and its 95 % interval."""
+    interval = paired_interval(np.array(ends), 0.95)
+    return {
+        "mean": round(statistics.mean(ends), 4),
+        "interval": [round(float(interval.low), 4), round(float(interval.high), 4)],
+        "seeds": seeds,
+    }
+
+
+def settings_of(arm: str, out: Path, seed: int) -> dict[str, Any]:
+    """What sets an arm apart, those of the recipe and two that stand on others' runs."""
+    declared = load(RECIPE, preset="own")
+    if arm == HALF:
+        return {**declared.arms[BEST].set, "train.tokens": declared.train.tokens // 2}
+    if arm == EQUAL:
+        return {**declared.arms["cut"].set, "methods.convert": as_many(out, seed)}
+    return dict(declared.arms[arm].set)
+
+
+def as_many(out: Path, seed: int) -> dict[str, Any]:
+    """Options of a cut to the active parameters of the converted run; what is cut is a share."""
+    runs = {}
+    for arm in (BEST, "cut"):
+        summary = json.loads((out / slug(arm) / f"seed-{seed}" / "summary.json").read_text())
+        runs[arm] = summary["ledger"]["active_parameters"]
+    width = STORIES["width"]
+    unit = (runs["cut"]["dense"] - runs["cut"]["spent"]) / (width - round(width * 2 / 8))
+    more = (runs[BEST]["spent"] - runs["cut"]["spent"]) / unit
+    return {"experts": width, "active": round(width * 2 / 8 + more), "method": "cut"}
 
 
 def _share(run: Mapping[str, Any], published: Mapping[str, Any]) -> float | None:
@@ -128,7 +181,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--arms", nargs="*", default=ARMS, choices=ARMS)
+    parser.add_argument("--arms", nargs="*", choices=ARMS)
     parser.add_argument("--preset", choices=("stories", "smollm2"), default="stories")
     parser.add_argument("--set", nargs="*", default=[], help="overrides of task and train")
     parser.add_argument("--out", type=Path)
@@ -137,19 +190,23 @@ def main() -> None:
     small = given.preset == "stories"
     record = given.record or ("convert_recovery" if small else "convert_recovery_smollm2")
     out = given.out or Path("runs") / record
-    declared = load(RECIPE).arms
+    common_rate = load(RECIPE, preset="own").train.learning_rate
+    arms = given.arms or (ARMS if small else FEW)
     with nullcontext() if small else smollm2() as folder:
         common = {"train.threads": given.threads}
         if not small:
             common |= {"task.model": str(folder), **SMOLLM2}
         for seed in range(given.seeds):
-            for arm in given.arms:
+            for arm in arms:
                 place = out / slug(arm) / f"seed-{seed}"
                 if (place / "summary.json").is_file():
                     continue
-                settings = {**common, **declared[arm].set, "seed": seed}
-                if not small and "train.learning_rate" in declared[arm].set:
-                    settings["train.learning_rate"] = SMOLLM2["train.learning_rate"] / 10
+                own = settings_of(arm, out, seed)
+                settings = {**common, **own, "seed": seed}
+                if not small and "train.learning_rate" in own:
+                    # as many times the common rate as with the small model
+                    times = own["train.learning_rate"] / common_rate
+                    settings["train.learning_rate"] = times * SMOLLM2["train.learning_rate"]
                 recipe = load(RECIPE, [*as_overrides(settings), *given.set], preset="own")
                 print(f"{arm}, seed {seed}", file=sys.stderr, flush=True)
                 runner.run(recipe, place, resume=place.exists(), display=PlainLines())

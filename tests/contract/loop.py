@@ -122,6 +122,13 @@ CASES: dict[str, list[dict[str, Any]]] = {
             "length": 8,
         },
     ],
+    "growth": [
+        {},
+        {"keep": 0.5, "rule": "published", "arrival": "by class", "label_issues": False},
+        {"keep": 0.6, "sampling": "two-phase", "k": 2},
+        {"keep": 0.4, "sampling": "proportional", "duplicates": 0.3, "arrival": "shuffled"},
+        {"keep": 0.5, "rule": "random", "duplicates": 0.0},
+    ],
     "sparse-adapter": [
         {},
         {"kind": "lora", "rank": 4, "targets": "all-linear", "keep": 0.3, "scope": "layer"},
@@ -201,6 +208,7 @@ class Loop:
             batches=lambda: self.data.split(BATCH),
             loss=lambda model, ids: losses_of(model, ids).mean(),
             read=lambda index: self.data[index],
+            size=SAMPLES,
             domain_of=lambda index: self.domain[index],
             domains=("even", "odd"),
         )

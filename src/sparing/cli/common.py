@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
 import typer
 
@@ -56,3 +57,58 @@ def one_place() -> bool:
         return os.path.samestat(os.fstat(sys.stdout.fileno()), os.fstat(sys.stderr.fileno()))
     except (OSError, ValueError):  # no files at all, as under a test's capture
         return False
+
+
+PLAIN_SECONDS = 10.0
+"""Seconds between two plain lines of one stage."""
+
+
+class Note(Protocol):
+    """Tells of progress: the stage, how much of how much is done, and more in words."""
+
+    def __call__(self, stage: str, done: int, total: int, words: str = "", /) -> None:
+        """``words``: shown beside the bar, or in the line."""
+
+
+@contextmanager
+def progress(quiet: bool) -> Iterator[Note]:
+    """What to tell of progress: a bar on a terminal, else plain lines; on stderr."""
+    if quiet:
+        yield lambda stage, done, total, words="": None
+        return
+    if not sys.stderr.isatty():
+        stages: dict[str, float] = {}
+
+        def line(stage: str, done: int, total: int, words: str = "", /) -> None:
+            now = time.monotonic()
+            if stage not in stages:
+                typer.echo(f"{stage} ...", err=True)
+            elif now - stages[stage] < PLAIN_SECONDS:
+                return
+            else:
+                told = f", {words}" if words else ""
+                typer.echo(f"{stage}: {done / max(total, 1):.0%}{told}", err=True)
+            stages[stage] = now
+
+        yield line
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    bar = Progress(
+        TextColumn("{task.description:<16}", markup=False),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[words]}", markup=False),
+        console=Console(stderr=True),
+    )
+    with bar:
+        tasks: dict[str, Any] = {}
+
+        def move(stage: str, done: int, total: int, words: str = "", /) -> None:
+            if stage not in tasks:
+                tasks[stage] = bar.add_task(stage, total=total, words="")
+            bar.update(tasks[stage], completed=done, words=words)
+
+        yield move

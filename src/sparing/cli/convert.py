@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import re
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sparing.cli.common import Json, app, one_place, show, told
+from sparing.cli.common import Json, app, one_place, progress, show, told
 from sparing.core.errors import RequestError
 
 if TYPE_CHECKING:
@@ -50,6 +47,9 @@ def convert(
     compensate: Annotated[
         str, typer.Option(help="For experts not chosen: none, mean or fitted biases.")
     ] = "none",
+    refit: Annotated[
+        bool, typer.Option("--refit", help="Fit last projections to the dense output.")
+    ] = False,
     clusters: Annotated[
         str, typer.Option(help="Importance by clusters of text or tokens.")
     ] = "text",
@@ -120,6 +120,7 @@ def convert(
             scale=_scale(scale),
             gate=gate,
             compensate=compensate,  # type: ignore[arg-type]
+            refit=refit,
             clusters=clusters,  # type: ignore[arg-type]
             encoder=encoder,
             first_dense=first_dense,
@@ -153,43 +154,6 @@ def convert(
         before = [] if not quiet and one_place() else planned.lines()
         found = [*before, *made.checked.lines(), f"written: {out}"]
         show(made.to_dict(), as_json, lambda: found)
-
-
-@contextmanager
-def progress(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
-    """What to tell of progress: a bar on a terminal, else a line for each stage; on stderr."""
-    if quiet:
-        yield lambda stage, done, total: None
-        return
-    if not sys.stderr.isatty():
-        stages: list[str] = []
-
-        def line(stage: str, done: int, total: int) -> None:
-            if stage not in stages:
-                stages.append(stage)
-                typer.echo(f"{stage} ...", err=True)
-
-        yield line
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    bar = Progress(
-        TextColumn("{task.description:<16}"),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f} %"),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-    )
-    with bar:
-        tasks: dict[str, Any] = {}
-
-        def move(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bar.add_task(stage, total=total)
-            bar.update(tasks[stage], completed=done)
-
-        yield move
 
 
 def _scale(text: str | None) -> str | float | None:

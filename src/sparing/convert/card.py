@@ -40,7 +40,8 @@ experts, of which a token passes {o["active"]}{always} by `sparing convert`\
 - method `{planned.method}`, seed {o["seed"]}; experts of {planned.expert_width} hidden \
 units{planned.uneven}
 - scale `{planned.scale}`: {spread}, folded into the last projection of the routed experts
-- gate `{planned.gate}`, compensation `{o["compensate"]}`
+- gate `{planned.gate}`, compensation `{o["compensate"]}`\
+{"; last projections fitted to the dense output" if o["refit"] else ""}
 
 {_weights(planned)}
 

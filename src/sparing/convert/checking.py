@@ -15,6 +15,7 @@ from sparing.convert.forms import Form
 from sparing.convert.options import OVERLAPPING, Conversion
 from sparing.convert.pieces import Decision, Pieces, fold
 from sparing.convert.skeleton import Skeleton
+from sparing.convert.split import pick
 from sparing.core.errors import RunError
 from sparing.experts.families import Block
 
@@ -29,13 +30,16 @@ class Checked:
 
     once: whether each hidden unit is in exactly one expert, None where the method overlaps.
     parity: the largest difference between the sum of all experts with weight 1, before folding,
-    and the dense blocks, over the largest dense output; None where the method overlaps.
+    and the dense blocks, over the largest dense output; None where the method overlaps. Last
+    projections that were fitted are left out of it: their dense ones are taken.
     untouched: tensors outside of the blocks, all found identical.
+    refitted: whether last projections were fitted; the stored ones are those of the fit.
     """
 
     once: bool | None
     parity: float | None
     untouched: int
+    refitted: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON takes it."""
@@ -46,11 +50,12 @@ class Checked:
         said = [f"read back: {self.untouched} tensors outside of the experts are identical"]
         if self.once is None:
             return [*said, "experts overlap, so that all of them do not add up to the dense model"]
+        before = ", before their last projections were fitted," if self.refitted else ""
         return [
             *said,
             "each hidden unit is in exactly one expert",
-            f"all experts with weight 1 give the dense block within {self.parity:.1e} of its "
-            f"largest output",
+            f"all experts with weight 1{before} give the dense block within {self.parity:.1e} of "
+            f"its largest output",
         ]
 
 
@@ -81,7 +86,7 @@ def check(
         for block in skeleton.blocks:
             if block.path in decisions and not options.noise:
                 _compare(pieces, result, form, block, decisions[block.path])
-        return Checked(once=None, parity=None, untouched=untouched)
+        return Checked(once=None, parity=None, untouched=untouched, refitted=options.refit)
     worst = 0.0
     for block in skeleton.blocks:
         if block.path not in decisions:
@@ -99,7 +104,7 @@ def check(
             f"all experts with weight 1 differ from the dense model by {worst:.1e} of its largest "
             f"output, more than {CLOSE:g}; this is a defect of sparing, please report it"
         )
-    return Checked(once=True, parity=worst, untouched=untouched)
+    return Checked(once=True, parity=worst, untouched=untouched, refitted=options.refit)
 
 
 def _compare(pieces: Pieces, result: Source, form: Form, block: Block, decision: Decision) -> None:
@@ -113,7 +118,9 @@ def _compare(pieces: Pieces, result: Source, form: Form, block: Block, decision:
             real = units >= 0
             dense = pieces.dense(block, part, expert)
             expected = dense.index_select(axis, units[real])
-            if part == "down":
+            if part == "down" and decision.down is not None:
+                expected = decision.down[expert][:, real].to(dense.dtype)
+            elif part == "down":
                 expected = fold(expected, decision.scale)
             found = held[:, real] if axis else held[real]
             rest = held[:, ~real] if axis else held[~real]
@@ -147,7 +154,10 @@ def _parity(
         held = {part: form.always(result, block.path, part) for part in names}
         always = {part: value.float() for part, value in held.items() if value is not None}
         inner = _hidden(block, x, always.get("gate"), always["up"], always.get("up_bias"))
-        total += F.linear(inner, always["down"])
+        down = always["down"]
+        if decision.always is not None:
+            down = pick(dense["down"], decision.split.shared, 1)
+        total += F.linear(inner, down)
     return float((total - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
 
 

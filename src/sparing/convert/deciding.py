@@ -18,6 +18,7 @@ from sparing.convert.native import method_of, router_seed
 from sparing.convert.options import WITH_LOSS, Conversion, plain_scale
 from sparing.convert.pieces import STRIDE, Decision
 from sparing.convert.reading import Batch, Batches, packed, texts_of, tokenizer_in, written
+from sparing.convert.refitting import refit
 from sparing.convert.skeleton import Skeleton
 from sparing.convert.split import Split, at_random, contiguous, sizes, split
 from sparing.convert.writing import Told
@@ -28,6 +29,8 @@ from sparing.experts.router import Router
 
 TOKENS = 4096
 """How many tokens' inputs of each block gates and scales are fitted to, at most."""
+WIDE = 8
+"""Tokens for each hidden unit of a block whose last projections are fitted, at least."""
 LEARN_RATE = 0.05
 
 
@@ -80,7 +83,8 @@ def from_model(
         vectors = sentence_vectors(options.encoder, dense.source.directory, batches)
     scores = scores_of(model, blocks, batches, options, told, vectors)
     fits = options.fits
-    inputs = activations.inputs_of(model, blocks, batches, TOKENS) if fits else []
+    limit = tokens_of(blocks, refit=options.refit)
+    inputs = activations.inputs_of(model, blocks, batches, limit) if fits else []
     found: dict[str, Decision] = {}
     for position, block in enumerate(blocks):
         score = scores[position] if scores is not None else None
@@ -88,13 +92,20 @@ def from_model(
         if not fits:
             found[block.path] = unfitted(dense, block, position, made, options, True)
             continue
-        sample = sampled(dense, block, made, inputs[position])
+        x = inputs[position]
+        sample = sampled(dense, block, made, x[:: -(-len(x) // TOKENS)])
         gate = gate_of(dense, block, position, sample, made, options)
-        found[block.path] = scaled(dense, block, sample, made, gate, options)
+        decision = scaled(dense, block, sample, made, gate, options)
+        found[block.path] = refitted(dense, block, x, decision, options)
         told("fitting", position + 1, len(blocks))
     if options.scale == "learned":
         found = learned(model, blocks, found, batches, options, told)
     return found
+
+
+def tokens_of(blocks: Sequence[Block], *, refit: bool) -> int:
+    """How many tokens' inputs of each block to look at, at most."""
+    return max(TOKENS, WIDE * max(block.width for block in blocks)) if refit else TOKENS
 
 
 def learned(
@@ -333,6 +344,29 @@ def scaled(
     return Decision(split=made, scale=start, gate=gate, bias=bias)
 
 
+@torch.no_grad()
+def refitted(
+    dense: Skeleton, block: Block, x: Tensor, decision: Decision, options: Conversion
+) -> Decision:
+    """The decision with last projections fitted on inputs x: (T, d), where the options say so."""
+    if not options.refit:
+        return decision
+    hidden, down = _hidden(dense, block, x), dense.read(block, "down").float()
+    gate = decision.gate
+    weights = _weigh(dense, block, options, gate)(x, gate if gate is not None else x)
+    made = refit(
+        hidden,
+        hidden @ down.t(),
+        weights,
+        decision.split.index,
+        decision.split.shared,
+        down,
+        decision.scale,
+        decision.bias,
+    )
+    return dataclasses.replace(decision, down=made.down, always=made.always, bias=made.bias)
+
+
 def _weigh(
     dense: Skeleton, block: Block, options: Conversion, gate: Tensor | None
 ) -> fitting.Weigh:
@@ -355,11 +389,16 @@ def _weigh(
 
 def _hidden(dense: Skeleton, block: Block, x: Tensor) -> Tensor:
     """The dense hidden units of inputs x: (T, d) -> (T, f)."""
-    parts = dense.dense_parts(block)
+    names = set(dense.dense_parts(block)) - {"down", "down_bias"}
+    return hidden_of(block, {name: dense.read(block, name) for name in names}, x)
+
+
+def hidden_of(block: Block, parts: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    """The hidden units of a block with these parts on inputs x: (T, d) -> (T, f)."""
 
     def raised(part: str) -> Tensor:
-        bias = dense.read(block, f"{part}_bias").float() if f"{part}_bias" in parts else None
-        return torch.nn.functional.linear(x, dense.read(block, part).float(), bias)
+        bias = parts[f"{part}_bias"].float() if f"{part}_bias" in parts else None
+        return torch.nn.functional.linear(x, parts[part].float(), bias)
 
     up = raised("up")
     return block.act(raised("gate")) * up if block.kind == "gated" else block.act(up)

@@ -91,12 +91,19 @@ def to_dense(path: str | Path, out: str | Path, *, told: Told | None = None) -> 
         atomic_write_json(aside / "config.json", note["config"])
         beside(path, aside, leave=(INDICES, "sparing.json"))
     scales = [b["scale"] for b in note["blocks"].values()]
-    lost = ("compensation biases",) if note["options"]["compensate"] != "none" else ()
+    options = note["options"]
+    refitted = bool(options.get("refit"))  # conversions of before that option say nothing of it
+    lost: list[str] = []
+    if options["compensate"] != "none":
+        lost.append("compensation biases")
+    if refitted:
+        lost.append("the dense last projections, in whose place fitted ones stand")
     return Densified(
         model=note["model"],
         parameters=sum(_count(e.shape) for e in entries if e.dtype.is_floating_point),
-        exact=all(torch.frexp(torch.tensor(float(s)).double()).mantissa == 0.5 for s in scales),
-        lost=lost,
+        exact=not refitted
+        and all(torch.frexp(torch.tensor(float(s)).double()).mantissa == 0.5 for s in scales),
+        lost=tuple(lost),
     )
 
 

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 
 from sparing.convert import activations
 from sparing.convert.checkpoint import Whole
-from sparing.convert.deciding import from_model, without_data
+from sparing.convert.deciding import from_model, hidden_of, tokens_of, without_data
 from sparing.convert.forms import Asked
 from sparing.convert.native import Native, method_of
 from sparing.convert.options import Conversion
 from sparing.convert.pieces import Decision, Pieces
 from sparing.convert.planning import chosen_blocks
 from sparing.convert.reading import Batch
+from sparing.convert.refitting import ridge
 from sparing.convert.skeleton import Skeleton, aliases_of
 from sparing.core import ranks
 from sparing.core.errors import RequestError
@@ -116,11 +117,17 @@ def convert_(
 
 
 def cut_(
-    model: nn.Module, share: float, batches: Sequence[Batch], looked: nn.Module | None = None
+    model: nn.Module,
+    share: float,
+    batches: Sequence[Batch],
+    looked: nn.Module | None = None,
+    *,
+    refit: bool = False,
 ) -> dict[str, int]:
     """Keep the share of each block's hidden units that matters most, in place; how many, by block.
 
-    What matters is the mean of |h dL/dh| over the batches. Raises RequestError for blocks that
+    What matters is the mean of |h dL/dh| over the batches; ``refit`` fits the last projections of
+    those kept to the dense blocks' outputs. Raises RequestError for blocks that
     are not of separate linear layers, and for a configuration without ``intermediate_size``.
     """
     blocks = feed_forwards(model)
@@ -130,14 +137,18 @@ def cut_(
     try:
         labels = [torch.zeros(len(next(iter(b.values()))), dtype=torch.int64) for b in batches]
         scores = activations.importance(looked or model, blocks, batches, labels, 1)
+        limit = tokens_of(blocks, refit=refit)
+        inputs = activations.inputs_of(looked or model, blocks, batches, limit) if refit else []
     finally:
         for module, training in modes:
             module.training = training
     ranks.broadcast_(scores)
     kept: dict[str, int] = {}
-    for block, score in zip(blocks, scores, strict=True):
+    for position, (block, score) in enumerate(zip(blocks, scores, strict=True)):
         count = max(1, round(share * block.width))
         best = score[0].argsort(descending=True, stable=True)[:count].sort().values
+        if refit:
+            _refit_(block, inputs[position], best)
         for part in (block.gate, block.up):
             if part is not None:
                 _take_(part, best, 0)
@@ -161,6 +172,22 @@ def _require_cuttable(model: nn.Module, blocks: Sequence[Block]) -> None:
             'method="cut" is for models whose feed-forward blocks are separate linear layers, as '
             "wide as their configuration's intermediate_size, such as LLaMA's"
         )
+
+
+@torch.no_grad()
+def _refit_(block: Block, x: Tensor, units: Tensor) -> None:
+    """Write into the last projection what of these units alone comes nearest to the dense output.
+
+    x: (T, d) inputs of the block.
+    """
+    parts = block.read()
+    hidden, down = hidden_of(block, parts, x), parts["down"].float()
+    weight = block.down.weight
+    assert isinstance(weight, Tensor)
+    fitted = ridge(hidden[:, units], hidden @ down.t(), down[:, units].t()).t()
+    found = [fitted.to(weight)]
+    ranks.broadcast_(found)
+    weight[:, units] = found[0]
 
 
 @torch.no_grad()

@@ -91,7 +91,8 @@ class Convert(Method):
             batches, looked = batches_of(setup, wanted.sequences), Looked(model, setup)
         if options.method == CUT:
             before = _count(model)
-            kept = cut_(model, wanted.active / wanted.experts, batches, looked)
+            share = wanted.active / wanted.experts
+            kept = cut_(model, share, batches, looked, refit=options.refit)
             self._cut = (_count(model), before)
             self._told = [f"{path}: cut to {count} hidden units" for path, count in kept.items()]
         else:

@@ -25,7 +25,8 @@ class ConvertOptions:
     """Options of conversion at the start of training; see ``Conversion`` for what they mean.
 
     method: beside those of ``Conversion`` "none", which leaves the model as it is, and "cut": a
-    dense model of the active width, of the hidden units with the largest mean |h dL/dh|.
+    dense model of the active width, of the hidden units with the largest mean |h dL/dh|, whose last
+    projections ``refit`` fits too.
     text: what calibration reads, where it reads: the "training" data, in the loop's own batches
     and by its loss, or the model's "own" writing, ``sequences`` of ``length`` tokens.
     seed: of all that is drawn; None: that of the run.
@@ -38,6 +39,7 @@ class ConvertOptions:
     scale: str | float | None = None
     gate: str | None = None
     compensate: Literal["none", "mean", "fitted"] = "none"
+    refit: bool = False
     clusters: Literal["text", "tokens"] = "text"
     first_dense: int = 0
     last_dense: int = 0

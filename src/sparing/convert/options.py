@@ -52,6 +52,8 @@ class Conversion:
     compensate: adds what experts that were not chosen give on average: "none", by "mean" outputs,
     or a bias for each expert "fitted" by least squares. It needs expert biases, and so the
     "sparing" form.
+    refit: fit the experts' last projections, chosen and weighed as they are, to the dense output by
+    ridge regression; with them the biases, where ``compensate`` asks for some.
     clusters: what importance is taken over: "text"s by the model's own states, or the layer's
     "tokens".
     encoder: the directory of a Hugging Face sentence encoder by which texts are clustered instead.
@@ -70,6 +72,7 @@ class Conversion:
     scale: str | float | None = None
     gate: str | None = None
     compensate: Literal["none", "mean", "fitted"] = "none"
+    refit: bool = False
     clusters: Literal["text", "tokens"] = "text"
     encoder: str | None = None
     first_dense: int = 0
@@ -127,6 +130,11 @@ class Conversion:
                 'scale="learned" follows softmax top-k routing; with another router take '
                 '"calibrated"'
             )
+        if self.refit and self.scale == "learned":
+            raise RequestError(
+                'refit finds what a learned scale would scale; take scale="calibrated", or leave '
+                "refit out"
+            )
         if self.form == "export":
             if self.router != "top-k" or self.router_options:
                 raise RequestError(
@@ -141,8 +149,10 @@ class Conversion:
 
     def _check_copy(self) -> None:
         if self.method == "copy":
-            if self.always or self.compensate != "none":
-                raise RequestError("copies are whole blocks; residual and compensate are for parts")
+            if self.always or self.compensate != "none" or self.refit:
+                raise RequestError(
+                    "copies are whole blocks; residual, compensate and refit are for parts"
+                )
             if self.scale not in (None, 1, 1.0):
                 raise RequestError(
                     f"weights of copies sum to 1 and need no scale; got scale={self.scale}"
@@ -186,6 +196,7 @@ class Conversion:
             or self.scale in ("calibrated", "learned")
             or self.gate in ("centroids", "distilled")
             or self.compensate != "none"
+            or self.refit
         )
 
     @property
@@ -206,6 +217,7 @@ class Conversion:
             self.resolved_gate(True) in ("centroids", "distilled")
             or plain_scale(self.resolved_scale(True), self) is None
             or self.compensate != "none"
+            or self.refit
         )
 
 

@@ -23,13 +23,17 @@ class Decision:
 
     split: its hidden units dealt out; scale: folded into the routed experts' last projection;
     gate: (E, d) float32, the router's rows, or None for the router's own; bias: (E, d) float32,
-    added to the routed experts' outputs before they are weighed, or None.
+    added to the routed experts' outputs before they are weighed, or None. down: (E, d, u) float32,
+    last projections that were fitted, scale included, in the place of the dense ones, and always:
+    (d, s), those of the units that are always on; or None.
     """
 
     split: Split
     scale: float = 1.0
     gate: Tensor | None = None
     bias: Tensor | None = None
+    down: Tensor | None = None
+    always: Tensor | None = None
 
 
 @final
@@ -74,6 +78,8 @@ class Pieces:
             # the routed experts carry the block's bias, since their weights sum to 1
             return torch.zeros_like(dense)
         cut = pick(dense, decision.split.shared, int(part == "down"))
+        if part == "down" and decision.always is not None:
+            cut = decision.always.to(dense.dtype)
         return (cut * factor).contiguous() if part == "down" else cut.contiguous()
 
     def _cut(
@@ -86,6 +92,8 @@ class Pieces:
         if part == "down_bias":
             return self._out_bias(block, decision, expert)
         dense = self.dense(block, part, expert)
+        if part == "down" and decision.down is not None:
+            return decision.down[expert].to(dense.dtype).contiguous()
         cut = pick(dense, units, int(part == "down"))
         if self.noise:
             cut = cut + self._noise(block, part, expert, dense, cut)

@@ -69,7 +69,8 @@ class Planned:
             + (f"; {self.dense_blocks} stay dense" if self.dense_blocks else ""),
             f"experts of {self.expert_width} hidden units by method {self.method} "
             f"({METHODS[self.method]}){self.uneven}",
-            f"scale {self.scale}, gate {self.gate}, compensation {o['compensate']}",
+            f"scale {self.scale}, gate {self.gate}, compensation {o['compensate']}"
+            + (", last projections fitted" if o["refit"] else ""),
             f"loads with {self.loads_with} ({self.form}){': ' + self.why if self.why else ''}",
             f"reading: {self.reading}; writes {self.bytes / 1e6:,.1f} MB",
             f"{'parameters':<12}{'total':>16}{'active':>16}",

@@ -57,9 +57,10 @@ def converted(
 def hooks(block: Block, decision: Decision, weigh: Weigh, scale: float | Tensor) -> list[Any]:
     """What ``converted`` hangs on one block: handles to remove."""
     held, shared = membership(decision.split, block.width)
-    gate = decision.gate
+    gate, down, always = decision.gate, decision.down, decision.always
     assert gate is not None
     weights: list[Tensor] = []
+    kept: list[Tensor] = []
 
     def entering(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         x = inputs[0]
@@ -67,17 +68,27 @@ def hooks(block: Block, decision: Decision, weigh: Weigh, scale: float | Tensor)
 
     def before(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
         hidden = inputs[0]
+        if down is not None:
+            kept[:] = [hidden.reshape(-1, hidden.shape[-1])]
         factor = scale * (weights[0] @ held) + shared
         return (hidden * factor.view(hidden.shape).to(hidden.dtype),)
 
     def after(module: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> Tensor:
-        assert decision.bias is not None
+        if down is not None and always is not None:
+            filled = torch.nn.functional.pad(kept[0].float(), (0, 1))
+            found = filled[:, decision.split.shared] @ always.t()
+            for expert, units in enumerate(decision.split.index):
+                found += weights[0][:, expert, None] * (filled[:, units] @ down[expert].t())
+            own = getattr(block.down, "bias", None)
+            y = (found if own is None else found + own).view(y.shape).to(y.dtype)
+        if decision.bias is None:
+            return y
         return y + (weights[0] @ decision.bias).view(y.shape).to(y.dtype)
 
     handles = [
         block.body.register_forward_pre_hook(entering),
         block.down.register_forward_pre_hook(before),
     ]
-    if decision.bias is not None:
+    if decision.bias is not None or down is not None:
         handles.append(block.down.register_forward_hook(after))
     return handles

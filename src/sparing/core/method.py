@@ -105,7 +105,8 @@ class Setup:
     ``batches()`` iterates over batches of the training data in a fixed order, without advancing
     any generator, and ``loss(model, batch)`` is their mean loss, a scalar: for methods that must
     look at the loss before there is an optimizer. None where the host knows no data or no loss.
-    ``read(index)`` gives the training samples ``index``, (B,) int64, as one batch, on the device;
+    ``read(index)`` gives the training samples ``index``, (B,) int64, as one batch, on the device,
+    as they are before augmentation where the data set can tell (``plain``); there are ``size``.
     ``domain_of(index)`` tells their positions in ``domains``, None where none are known.
     """
 
@@ -116,6 +117,7 @@ class Setup:
     world_size: int = 1
     batches: Callable[[], Iterable[Batch]] | None = None
     read: Callable[[Tensor], Batch] | None = None
+    size: int | None = None
     domain_of: Callable[[Tensor], Tensor] | None = None
     domains: tuple[str, ...] = ()
     loss: Callable[[nn.Module, Batch], Tensor] | None = None

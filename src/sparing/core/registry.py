@@ -190,6 +190,14 @@ METHODS: Final[tuple[Record, ...]] = (
         card="coreset",
     ),
     Record(
+        name="growth",
+        target="sparing.pool.training.method:GrowthSelection",
+        summary="Cleans the training set, values each sample by what it adds, trains on a part.",
+        paper="arXiv 2405.18347",
+        extras=("pool",),
+        card="growth",
+    ),
+    Record(
         name="mix",
         target="sparing.samples.mix:Mix",
         summary="Draws from weighted sources; weights may follow losses or the load of experts.",

@@ -12,7 +12,8 @@ class Samples(Protocol):
     """A finite training set whose samples keep their index for the whole run.
 
     Optional: ``set_epoch(epoch)``, called before each epoch. A set that augments draws by seed,
-    epoch and index alone, so that a resumed run sees the same.
+    epoch and index alone, so that a resumed run sees the same; its ``plain(index)`` gives the
+    same batch not augmented, for methods that look at the samples before training.
     """
 
     def __len__(self) -> int: ...

@@ -141,6 +141,7 @@ class Attached(Host):
             world_size=self._world,
             batches=self._shuffled,
             read=self._read,
+            size=len(trainer.train_dataset),
             domain_of=self._domain_of,
             domains=self._domains,
             loss=lambda model, batch: self._loss.each(model, batch)[0].mean(),

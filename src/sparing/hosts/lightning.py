@@ -227,6 +227,7 @@ class LightningMethods(Callback, Host):  # type: ignore[misc]
             world_size=trainer.world_size,
             batches=lambda: planned_epochs.shuffled(by=self.seed, **self._reading(workers=0)),
             read=read,
+            size=size,
             domain_of=self._domain_of,
             domains=self._domains,
             loss=lambda model, batch: loss_of(module, model, batch),

@@ -135,7 +135,12 @@ def batches(
 
 
 def read(data: Any, index: Tensor, collate: Callable[[list[Any]], Any] = default_collate) -> Any:
-    """The samples ``index``, (B,) int64, as one batch, in this process."""
+    """The samples ``index``, (B,) int64, as one batch, in this process, not augmented.
+
+    That is what ``plain(index)`` gives of a data set that gives batches itself.
+    """
+    if gives_batches(data) and callable(plain := getattr(data, "plain", None)):
+        return plain(index)
     return next(batches(data, Plan(index), batch_size=len(index), collate=collate))[0]
 
 

@@ -139,6 +139,7 @@ class Session(Bound):
             world_size=accelerator.num_processes,
             batches=None if losses is None else self._shuffled,
             read=self._read,
+            size=len(data),
             domain_of=domain_of,
             domains=self.domains,
             loss=None if losses is None else lambda model, batch: losses(model, batch)[0].mean(),

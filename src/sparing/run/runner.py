@@ -33,6 +33,7 @@ EXTRAS = {
     "report": ("jinja2",),
     "vision": ("PIL",),
     "clicks": ("pyarrow",),
+    "pool": ("cleanlab", "PIL"),
 }
 """The modules that tell whether an extra is installed."""
 

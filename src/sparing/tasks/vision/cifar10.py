@@ -23,7 +23,7 @@ _ROW = 1 + 3 * 32 * 32
 
 
 def load(places: Sequence[Path], make: Callable[..., Any]) -> Any:
-    """What ``make(train=, test=, classes=, remark=)`` makes of the first place's files.
+    """What ``make(train=, test=, classes=, remark=, human=)`` makes of the first place's files.
 
     Raises RequestError if none has, or Pillow is needed and missing.
     """
@@ -40,11 +40,15 @@ def load(places: Sequence[Path], make: Callable[..., Any]) -> Any:
         if (place / BUNDLE).is_file():
             with np.load(place / BUNDLE, allow_pickle=False) as bundle:
                 parts = {part: _bundled(bundle, part) for part in ("train", "test")}
+                human = _human(bundle)
             remark = (
                 "A JPEG copy of CIFAR-10, which is lossy: absolute accuracies are not comparable "
                 "with published ones."
             )
-            return make(train=parts["train"], test=parts["test"], classes=CLASSES, remark=remark)
+            return make(
+                train=parts["train"], test=parts["test"], classes=CLASSES, remark=remark,
+                human=human,
+            )  # fmt: skip
     raise RequestError(
         f"CIFAR-10 is not at hand: put the binary version, unpacked ({FOLDER}), or {BUNDLE} into "
         "$SPARING_DATA, or take images that are shipped: -s task.dataset=fashion-mnist-small"
@@ -65,6 +69,14 @@ def _binary(file: Path) -> Labelled:
         images=torch.from_numpy(np.ascontiguousarray(images)),
         labels=torch.from_numpy(rows[:, 0].astype(np.int64)),
     )
+
+
+def _human(bundle: Any) -> torch.Tensor | None:
+    """CIFAR-10N (Wei et al. 2022, arXiv 2110.12088): labels of three people each, (N, 3) int64."""
+    names = [f"n_random_label{number}" for number in (1, 2, 3)]
+    if not all(name in bundle.files for name in names):
+        return None
+    return torch.from_numpy(np.stack([bundle[name].astype(np.int64) for name in names], axis=1))
 
 
 def _bundled(bundle: Any, part: str) -> Labelled:

@@ -27,13 +27,13 @@ class Labelled:
         return Labelled(images=self.images[index], labels=self.labels[index])
 
 
-def development(whole: Labelled) -> tuple[Labelled, Labelled]:
-    """Training images without the last sixth of each class, and these as held-out images."""
+def development(whole: Labelled) -> Tensor:
+    """Which training images are the held-out ones: the last sixth of each class, (N,) bool."""
     held_out = torch.zeros(len(whole), dtype=torch.bool)
     for label in torch.unique(whole.labels):
         members = (whole.labels == label).nonzero().flatten()
         held_out[members[len(members) - len(members) // 6 :]] = True
-    return whole.take(~held_out), whole.take(held_out)
+    return held_out
 
 
 @final
@@ -74,3 +74,11 @@ class Images:
             flip=self.flip,
         )
         return {"images": self.laid_out(images), "labels": self.data.labels[index]}
+
+    def plain(self, index: Tensor) -> dict[str, Tensor]:
+        """The same batch, neither moved nor mirrored."""
+        index = index.long()
+        return {
+            "images": self.laid_out(self.data.images[index]),
+            "labels": self.data.labels[index],
+        }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, final
 
-from sparing.core.checks import require_whole
+from sparing.core.checks import require_number, require_whole
 from sparing.core.errors import RequestError, unknown
 
 DATASETS = ("fashion-mnist", "fashion-mnist-small", "cifar10")
@@ -25,6 +25,10 @@ class VisionOptions:
     and, with ``flip``, mirrored every other time. ``channels_last``: pixels before channels in
     memory, which is faster in most places. ``eval_batch`` images are evaluated at a time.
 
+    ``duplicates``: so many copies, as a share of the training images, are put among them, half of
+    them a little changed; ``noise``: the share of these images, copies among them, that then gets
+    a wrong label, ``uniform`` among the other classes, or as a ``human`` gave it (CIFAR-10N).
+
     Raises RequestError for names that are not known and numbers that do not fit.
     """
 
@@ -37,12 +41,23 @@ class VisionOptions:
     flip: bool = True
     channels_last: bool = True
     eval_batch: int = 500
+    duplicates: float = 0.0
+    noise: float = 0.0
+    noise_labels: Literal["uniform", "human"] = "uniform"
 
     def __post_init__(self) -> None:
         if self.dataset not in DATASETS:
             raise unknown("dataset", self.dataset, DATASETS)
         if self.split not in ("test", "development"):
             raise RequestError(f'split must be test or development, got "{self.split}"')
+        require_number("duplicates", self.duplicates, 0)
+        require_number("noise", self.noise, 0, 1)
+        if self.noise_labels not in ("uniform", "human"):
+            raise RequestError(f'noise_labels must be uniform or human, got "{self.noise_labels}"')
+        if self.noise_labels == "human" and self.dataset != "cifar10":
+            raise RequestError(
+                f"people labelled cifar10 anew, not {self.dataset}; set noise_labels=uniform"
+            )
         object.__setattr__(self, "widths", tuple(self.widths))
         if not self.widths:
             raise RequestError("widths must name the channels of at least one stage")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import final
 
 import torch
+from torch import Tensor
 
 from sparing.core.cache import cache_folder, places
 from sparing.core.errors import RequestError
@@ -26,12 +27,16 @@ INSTALLED = Path("/usr/share/datasets/fashion-mnist")
 @final
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Source:
-    """A data set's training and test images, the names of its classes, and what to know of it."""
+    """A data set's training and test images, the names of its classes, and what to know of it.
+
+    ``human``: (N, 3) int64, labels that three people each gave the training images, where known.
+    """
 
     train: Labelled
     test: Labelled
     classes: tuple[str, ...]
     remark: str = ""
+    human: Tensor | None = None
 
 
 def load(dataset: str) -> Source:

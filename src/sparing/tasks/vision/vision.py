@@ -23,6 +23,7 @@ from sparing.tasks import scores
 from sparing.tasks.unprepared import Unprepared
 from sparing.tasks.vision import reference, sources
 from sparing.tasks.vision.dataset import Images, Labelled, development
+from sparing.tasks.vision.injected import Injected, inject
 from sparing.tasks.vision.network import ResNet
 from sparing.tasks.vision.options import VisionOptions
 from sparing.tasks.vision.picture import data_uri
@@ -43,7 +44,13 @@ class Vision:
     Options: ClassVar[type[Any]] = VisionOptions
     metric: ClassVar[str] = "accuracy"
     higher_is_better: ClassVar[bool] = True
-    evaluation: ClassVar[tuple[str, ...]] = ("dataset", "split")
+    evaluation: ClassVar[tuple[str, ...]] = (
+        "dataset",
+        "split",
+        "duplicates",
+        "noise",
+        "noise_labels",
+    )
     domain_name: ClassVar[str] = "class"
     about_metric: ClassVar[str] = (
         "Accuracy is the percentage of images that the model has not seen and puts into the right "
@@ -60,6 +67,7 @@ class Vision:
         self.remark = ""
         self._images: Images | None = None
         self._held_out: Labelled | None = None
+        self._injected: Injected | None = None
 
     def prepare(self, seed: int) -> None:
         """Load the images; they are the same for every ``seed``, how they are moved is not.
@@ -68,9 +76,20 @@ class Vision:
         """
         options = self.options
         source = sources.load(options.dataset)
-        train, held_out = source.train, source.test
+        train, held_out, human = source.train, source.test, source.human
         if options.split == "development":
-            train, held_out = development(train)
+            apart = development(train)
+            train, held_out = train.take(~apart), train.take(apart)
+            human = None if human is None else human[~apart]
+        if options.duplicates or options.noise:
+            self._injected = inject(
+                train,
+                classes=len(source.classes),
+                duplicates=options.duplicates,
+                noise=options.noise,
+                human=self._people(human) if options.noise_labels == "human" else None,
+            )
+            train = self._injected.data
         self._held_out = held_out
         self._images = Images(
             train,
@@ -83,6 +102,14 @@ class Vision:
         self.domains = source.classes
         self.remark = source.remark
         self.fingerprint = sources.fingerprint(train, held_out)
+
+    def _people(self, human: Tensor | None) -> Tensor:
+        if human is None:
+            raise RequestError(
+                "noise_labels=human needs the labels of CIFAR-10N beside the images, and the "
+                "data at hand has none; set noise_labels=uniform"
+            )
+        return human
 
     def _ready(self) -> tuple[Images, Labelled]:
         if self._images is None or self._held_out is None:
@@ -190,6 +217,8 @@ class Vision:
             "pictures": self._pictures(held_out.take(worst), guess[worst]),
         }
         shown: dict[str, Any] = {"pictures": [group] if len(worst) else []}
+        if self._injected is not None:
+            shown |= self._injected.page()
         return shown | ({"remark": self.remark} if self.remark else {})
 
     def show(self, model: nn.Module, index: Sequence[int]) -> list[dict[str, str]]:
@@ -197,14 +226,22 @@ class Vision:
         chosen = self._ready()[0].data.take(torch.tensor(list(index), dtype=torch.int64))
         if not len(chosen):
             return []
-        return self._pictures(chosen, self._logits(model, chosen.images).argmax(1))
+        guess = self._logits(model, chosen.images).argmax(1)
+        known = self._injected
+        return self._pictures(chosen, guess, known and known.truth[torch.tensor(list(index))])
 
-    def _pictures(self, images: Labelled, guess: Tensor) -> list[dict[str, str]]:
+    def _pictures(
+        self, images: Labelled, guess: Tensor, truth: Tensor | None = None
+    ) -> list[dict[str, str]]:
         found = []
-        for image, label, read in zip(
-            images.images, images.labels.tolist(), guess.tolist(), strict=True
+        labels = images.labels.tolist()
+        true = labels if truth is None else truth.tolist()
+        for image, label, right, read in zip(
+            images.images, labels, true, guess.tolist(), strict=True
         ):
             told = self.domains[label]
+            if right != label:
+                told += f", in truth {self.domains[right]}"
             if read != label:
                 told += f", read as {self.domains[read]}"
             found.append({"image": data_uri(image), "caption": told})

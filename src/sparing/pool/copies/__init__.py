@@ -1,0 +1,1 @@
+"""Near duplicates: who is near whom, and who stands for whom."""

@@ -1,0 +1,396 @@
+"""A pool that grows: items come in a stream, and each is valued by what it adds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal, final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sparing.core.checks import require_whole
+from sparing.core.errors import RequestError, unknown
+from sparing.pool import judging, resuming
+from sparing.pool.account import account
+from sparing.pool.batch import as_items
+from sparing.pool.choice import Chosen, choose, generator, in_rounds
+from sparing.pool.cleaning import NO_CLEANING, Cleaning
+from sparing.pool.coverage import staying
+from sparing.pool.decisions import Decision
+from sparing.pool.encoders import Encoder, encode
+from sparing.pool.encoders import encoder as encoder_of
+from sparing.pool.intake import NEAR_COPY, Intake, regroup
+from sparing.pool.items import REASONS, Added, Drop, Item, Vectors
+from sparing.pool.members import COPY, STANDS, Members
+from sparing.pool.memory import MemoryStore
+from sparing.pool.store import Store
+from sparing.samples.gains import ByGain, GainProportional, TwoPhase
+
+Ids = NDArray[np.int64]
+
+POLICIES: dict[str, type[ByGain]] = {"proportional": GainProportional, "two-phase": TwoPhase}
+
+
+@final
+class Growth:
+    """A set of items that grows, in memory or in a directory.
+
+    Args:
+        path: a directory, made with the first batch if it is not there; None keeps all in memory.
+        encoder: what makes vectors of items: a callable on a batch of tensors, (n, ...) to (n, d),
+            an ``Encoder``, or the name of one.
+        index: kind of neighbour search, "auto", "exact", "inverted" or "graph".
+        k: neighbours that a gain is a mean over.
+        published: the rule of the released code: gains as of arrival, never changed, and no copies
+            taken out.
+        clean: what is done before items are valued; False for nothing.
+        seed: of what is drawn.
+
+    One process writes to a directory at a time. Use it as a context manager, or ``close`` it::
+
+        with sparing.Growth("pool", encoder=model.features) as pool:
+            for batch in stream:
+                pool.add(batch)
+            chosen = pool.sample(10_000)
+    """
+
+    def __init__(
+        self,
+        path: str | Path | None = None,
+        *,
+        encoder: str | Path | Encoder | Callable[[Tensor], Tensor],
+        index: str = "auto",
+        k: int = 4,
+        published: bool = False,
+        clean: Cleaning | bool = True,
+        seed: int = 0,
+    ) -> None:
+        require_whole("k", k, 1)
+        require_whole("seed", seed, 0)
+        self.path = None if path is None else Path(path)
+        self.encoder = encoder_of(encoder)
+        self.index, self.k, self.published, self.seed = index, k, published, seed
+        if isinstance(clean, bool):
+            clean = Cleaning(copies=-1) if published else Cleaning() if clean else NO_CLEANING
+        self.clean = clean
+        self._store: Any = None
+        self._known: Members | None = None
+        self._intake = Intake(clean, seed)
+        self._written: NDArray[np.float32] = np.empty(0, np.float32)
+        self._early: list[Drop] = []
+        self._draws = 0
+        if self.path is not None and self.path.exists() and any(self.path.iterdir()):
+            self._store = Store.open(self.path, write=True)
+            try:
+                self._check()
+                _ = self._members  # what is not right is told now
+            except BaseException:
+                self._store.close()
+                raise
+
+    # ---- items -------------------------------------------------------------------------------
+
+    def add(
+        self,
+        batch: Sequence[Item] | Tensor | NDArray[Any],
+        *,
+        labels: Sequence[int] | Tensor | NDArray[Any] | None = None,
+        keys: Sequence[str] | None = None,
+        source: str = "stream",
+        cursor: Any = None,
+        drops: Sequence[Drop] = (),
+    ) -> Added:
+        """Add items, or a batch of tensors (n, ...); tells each one's id and what was dropped.
+
+        With a path all of it is on the disk when this returns, or nothing. cursor: where ``source``
+        goes on after these items, and ``drops`` what it left out; both are stored with them. Near
+        copies and misaligned pairs are stored, have ids, and are told among the drops.
+        """
+        start = 0 if self._store is None else self._store.size
+        items = as_items(batch, labels, keys, f"{source}:", start)
+        made = encode(self.encoder, items)
+        left_out = (*drops, *made.drops)
+        if self._store is None:
+            if not len(made.rows):  # what vectors look like is not known yet
+                self._early.extend(left_out)
+                return Added(ids=np.full(len(items), -1, np.int64), drops=left_out)
+            self._create(made.vectors)
+        taken = [items[row] for row in made.rows.tolist()]
+        if taken and self._store.settings["second"] and made.vectors.second is None:
+            raise RequestError(
+                "this pool holds pairs of image and text; each of its items needs both"
+            )
+        ids = np.full(len(items), -1, np.int64)
+        with self._changing("add") as store:
+            members = self._members
+            if self._early or left_out:
+                store.note_drops(source, [*self._early, *left_out], cursor)
+            added = store.append(taken, made.vectors, source=source, cursor=cursor)
+            ids[made.rows] = added.ids
+            new = np.flatnonzero(added.ids >= 0)
+            second = None if made.vectors.second is None else made.vectors.second[new]
+            vectors = Vectors(main=made.vectors.main[new], second=second)
+            told = self._intake.take(
+                store, members, added.ids[new], [taken[i] for i in new], vectors
+            )
+        self._early = []
+        return Added(ids=ids, drops=(*left_out, *added.drops, *told))
+
+    # ---- the store ---------------------------------------------------------------------------
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        return {"k": self.k, "published": self.published, "copies": self.clean.copies}
+
+    def _create(self, vectors: Vectors) -> None:
+        dim, second = vectors.main.shape[1], vectors.second is not None
+        if self.path is None:
+            self._store = MemoryStore(dim, self.encoder.version, second)
+        else:
+            self._store = Store.create(
+                self.path, dim=dim, encoder=self.encoder.version, second=second
+            )
+
+    def _check(self) -> None:
+        made = self._store.settings["encoder"]
+        if made != self.encoder.version:
+            raise RequestError(
+                f'the pool at {self.path} was made with the encoder "{made}", and this one is '
+                f'"{self.encoder.version}": vectors of two encoders cannot be compared; give the '
+                "first, or make a new pool"
+            )
+
+    @property
+    def _members(self) -> Members:
+        if self._known is None:
+            store = self._store
+            self._known = Members(
+                store.settings["dim"],
+                read=store.vectors,
+                details=lambda ids: self._intake.details(store, ids),
+                limit=self.clean.copies,
+                kind=self.index,
+                second=store.settings["second"],
+                k=self.k,
+                frozen=self.published,
+                seed=self.seed,
+            )
+            try:
+                resuming.resume_(self._known, store, self.path, self._settings)
+                self._intake = Intake(self.clean, self.seed)
+                self._intake.recall(store, self.seed)
+            except BaseException:
+                self._known = None
+                raise
+        return self._known
+
+    @contextmanager
+    def _changing(self, note: str) -> Iterator[Any]:
+        """One change of the store; what is known beside it is made anew if the change fails."""
+        try:
+            with self._store.together(note):
+                yield self._store
+        except BaseException:
+            self._known = None
+            raise
+
+    def _opened(self) -> Any:
+        if self._store is None:
+            raise RequestError("the pool is empty; add items first")
+        return self._store
+
+    def close(self) -> None:
+        """Save what makes opening quick, and let others write."""
+        if self._store is not None:
+            if self.path is not None and self._known is not None:
+                resuming.save(self.path, self._known, self._settings)
+            self._store.close()
+            self._store = self._known = None
+
+    def __enter__(self) -> Growth:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # ---- what is there -----------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        """Items that are stored, kept or dropped."""
+        return 0 if self._store is None else int(self._store.size)
+
+    @property
+    def ids(self) -> Ids:
+        """The ids of all stored items in arrival order: (N,)."""
+        found: Ids = np.empty(0, np.int64) if self._store is None else self._store.ids()
+        return found
+
+    @property
+    def reasons(self) -> NDArray[Any]:
+        """Why each is in the choice (0) or not, a position in REASONS: (N,)."""
+        found: NDArray[Any] = np.empty(0, np.int8)
+        return found if self._store is None else self._store.column("reason")
+
+    def kept(self) -> Ids:
+        """The ids of the items in the choice, in arrival order."""
+        found: Ids = self.ids[self.reasons == 0]
+        return found
+
+    def items(self, ids: Any) -> list[Item]:
+        """Stored items by id."""
+        found: list[Item] = self._opened().items(np.asarray(ids, np.int64))
+        return found
+
+    def sources(self) -> dict[str, Any]:
+        """Where each source goes on."""
+        return {} if self._store is None else self._store.sources()
+
+    # ---- what they are worth -----------------------------------------------------------------
+
+    def gains(self) -> NDArray[np.float32]:
+        """The gain of every stored item in arrival order, NaN for those dropped: (N,)."""
+        return np.empty(0, np.float32) if self._store is None else self._members.gains()
+
+    def choose(self, n: int, *, rounds: int = 4) -> Chosen:
+        """n items by gain, without replacement, with the probability that each had.
+
+        The choice's ``places`` are positions in arrival order; each call draws anew. Items picked
+        in one of the rounds lower the gain of their near ones in the next; with one round, and by
+        the published rule, they do not.
+        """
+        require_whole("n", n, 0)
+        self._opened()
+        self._draws += 1
+        random = generator(self.seed, self._draws)
+        if rounds == 1 or self.published:
+            return choose(self.gains(), n, random)
+        gains, discount_ = self._members.discounting()
+        return in_rounds(gains, n, random, rounds, discount_)
+
+    def sample(self, n: int, *, rounds: int = 4) -> Ids:
+        """The ids of n items drawn by gain, without replacement: (n,), ascending."""
+        return self.ids[np.sort(self.choose(n, rounds=rounds).places)]
+
+    def sampler(
+        self,
+        policy: Literal["proportional", "two-phase"] = "proportional",
+        *,
+        epochs: int | None = None,
+        seed: int | None = None,
+        **options: Any,
+    ) -> ByGain:
+        """A torch Sampler of epochs by gain; it gives positions in ``kept()``.
+
+        options: those of ``sparing.GainProportional`` or ``sparing.TwoPhase``.
+        """
+        if policy not in POLICIES:
+            raise unknown("policy", policy, POLICIES)
+        gains = self.gains()
+        gains = gains[~np.isnan(gains)]
+        if not gains.size:
+            raise RequestError("the pool keeps no item; add some before asking for a sampler")
+        return POLICIES[policy](
+            size=gains.size,
+            epochs=epochs,
+            seed=self.seed if seed is None else seed,
+            gains=torch.from_numpy(gains),
+            **options,
+        )
+
+    # ---- what leaves -------------------------------------------------------------------------
+
+    def evict(self, budget: int) -> Ids:
+        """Keep at most ``budget`` items, so that what was covered stays so; the ids of the others.
+
+        They stay in the store, as "evicted". See ``coverage``.
+        """
+        self._opened()
+        members = self._members
+        stays = staying(members, budget, self.seed)
+        out: Ids = members.ids[(members.role == STANDS) & ~stays]
+        self._drop(out, "evicted", f"a budget of {budget}")
+        return out
+
+    def _drop(self, ids: Ids, reason: str, note: str) -> None:
+        if ids.size:
+            code = np.full(ids.size, REASONS.index(reason), np.int8)
+            with self._changing(note) as store:
+                store.set_column("reason", ids, code, note=note)
+                self._members.leave_(ids)
+
+    def forget(self, ids: Any) -> None:
+        """Take items away from everywhere: payload, vectors, neighbours, scores, snapshots."""
+        store = self._opened()
+        given = np.unique(np.asarray(ids, np.int64))
+        items = store.items(given)  # an unknown id is an error before anything is done
+        members = self._members
+        if self.path is not None:
+            resuming.discard(self.path)
+        cached = getattr(self.encoder, "forget_items", None)
+        if cached is not None:
+            cached(items)
+        try:
+            changed = members.forget_(given)
+            store.forget(given)
+            with store.together("forget"):
+                regroup(store, changed)
+        except BaseException:
+            self._known = None
+            raise
+        self._written = np.empty(0, np.float32)
+
+    # ---- for the record ----------------------------------------------------------------------
+
+    def snapshot(self, label: str = "") -> int:
+        """Keep this moment, with its gains, readable for ever; its number."""
+        store = self._opened()
+        self._write_gains(store)
+        number: int = store.snapshot(label)
+        return number
+
+    def _write_gains(self, store: Any) -> None:
+        """Gains that have changed since they were last written, tagged by what valued them."""
+        gains = self.gains()
+        old = np.full(gains.size, np.nan, np.float32)
+        old[: self._written.size] = self._written
+        other = ~((gains == old) | (np.isnan(gains) & np.isnan(old)))
+        rule = "published" if self.published else "expected"
+        version = f"{self.encoder.version}, {rule}, k={self.k}"[-200:]
+        if other.any():
+            store.set_scores("gain", self.ids[other], gains[other], version=version)
+        self._written = gains
+
+    def find(self, reason: Literal["label issue", "outlier"], **options: Any) -> Decision:
+        """Which kept items are likely labelled wrongly, or far from everything; changes nothing.
+
+        options: those of ``judging``. Look at the decision's examples, then ``apply`` it.
+        """
+        return judging.find(reason, self._opened(), self._members, **options)
+
+    def apply(self, decision: Decision) -> None:
+        """Leave a decision's items out of the choice; they stay in the store."""
+        self._drop(decision.ids, decision.reason, decision.detail)
+
+    def undo(self, decision: Decision) -> None:
+        """Take a decision back, but for items that a later one gave another reason."""
+        store = self._opened()
+        known = np.isin(decision.ids, self.ids)  # others were forgotten
+        held = replace(decision, ids=decision.ids[known], before=decision.before[known])
+        ids, before = held.undone(self.reasons[np.searchsorted(self.ids, held.ids)])
+        if ids.size:
+            with self._changing("undo") as store:
+                members = self._members
+                members.back_(ids)
+                # a better copy may have come meanwhile
+                copy = members.role[members.main.places(ids)] == COPY
+                reason = np.where(copy, NEAR_COPY, before).astype(np.int8)
+                store.set_column("reason", ids, reason, note="taken back")
+
+    def report(self) -> dict[str, Any]:
+        """Items stored, kept, dropped by reason; copies by group; mean gain by tenth of arrival."""
+        return account(self._store, None if self._store is None else self._members)

@@ -1,0 +1,66 @@
+"""Decisions that need the whole pool: labels that are likely wrong, and items far from all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sparing.core.errors import RequestError, unknown
+from sparing.pool.decisions import Decision, decide
+from sparing.pool.items import UNLABELLED
+from sparing.pool.label_issues import by_neighbours, judged_classes, label_issues
+from sparing.pool.members import STANDS, Members
+from sparing.pool.outliers import outliers
+
+
+def find(reason: str, store: Any, members: Members, **options: Any) -> Decision:
+    """The decision about the items in the choice, by their neighbours; it changes nothing.
+
+    options: of "label issue" ``rule`` of ``label_issues``; of "outlier" ``factor`` of
+    ``outliers``. Raises RequestError where no item has a label to judge.
+    """
+    kinds: dict[str, Callable[..., Decision]] = {"label issue": _labels, "outlier": _outliers}
+    if reason not in kinds:
+        raise unknown("decision", reason, kinds)
+    return kinds[reason](store, members, **options)
+
+
+def _labels(store: Any, members: Members, *, rule: str = "prune_by_noise_rate") -> Decision:
+    here = members.role == STANDS
+    labels = np.where(here, store.column("label"), UNLABELLED)
+    classes = judged_classes(labels)
+    if not classes.size:
+        raise RequestError(
+            "no class has enough labelled items to judge labels by; give labels with the items"
+        )
+    table = members.main.table
+    chance = by_neighbours(labels, table.distances, table.who, classes)
+    found = label_issues(labels, chance, classes, rule=rule)
+    return decide(
+        "label issue",
+        members.ids,
+        store.column("reason"),
+        found.issues & here,
+        detail=found.detail or f"confident learning from {table.keep} neighbours, {rule}",
+        scores=1 - np.nan_to_num(found.quality, nan=1.0),
+        words="the given label has probability 1 - {score:.3f}",
+    )
+
+
+def _outliers(store: Any, members: Members, *, factor: float = 6.0) -> Decision:
+    here = members.role == STANDS
+    distances: NDArray[Any] = np.full((here.size, members.main.table.keep), np.inf, np.float32)
+    distances[here] = members.main.table.distances[here]
+    found = outliers(distances, factor=factor)
+    return decide(
+        "outlier",
+        members.ids,
+        store.column("reason"),
+        found.outliers & here,
+        detail=f"mean distance to {members.main.table.keep} neighbours above {found.threshold:.3f}",
+        scores=np.nan_to_num(found.scores, nan=0.0),
+        words="mean distance {score:.3f}",
+    )

@@ -1,0 +1,71 @@
+"""What a pool knows beside its store, kept on the disk so that opening it again is quick.
+
+All of it follows from the store. It is written now and then, and what the store has taken in since,
+or lost, is made good when the pool is opened: a kill at any time loses nothing.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+
+from sparing.core import state
+from sparing.core.errors import RequestError, RunError
+from sparing.pool.intake import KEPT, NEAR_COPY
+from sparing.pool.members import COPY, OUT, STANDS, Members
+
+FOLDER: Final = "growth"
+
+
+def save(path: Path, members: Members, settings: dict[str, Any]) -> None:
+    """Write what ``members`` know into the store's folder."""
+    tree = {name: torch.from_numpy(np.ascontiguousarray(v)) for name, v in members.state().items()}
+    state.save(path / FOLDER, tree, meta={"growth": 1, "settings": settings})
+
+
+def discard(path: Path) -> None:
+    """Take away what was saved, before items are forgotten."""
+    with state.replacing(path / FOLDER):
+        pass
+
+
+def resume_(members: Members, store: Any, path: Path | None, settings: dict[str, Any]) -> None:
+    """Bring empty ``members`` to what the store holds, from what was saved as far as it goes."""
+    if path is not None:
+        _load_(members, store, path, settings)
+    ids, reason = store.ids(), store.column("reason")
+    role = np.select([reason == KEPT, reason == NEAR_COPY], [STANDS, COPY], OUT).astype(np.uint8)
+    try:
+        owner = store.column("group").astype(np.int64)
+    except RequestError:  # nothing was ever grouped
+        owner = np.full(ids.size, -1, np.int64)
+    alone = members.align_(ids, role, owner)
+    if alone.size:
+        store.set_column("reason", alone, np.full(alone.size, KEPT, np.int8))
+        store.set_column("group", alone, alone)
+
+
+def _load_(members: Members, store: Any, path: Path, settings: dict[str, Any]) -> None:
+    if not state.complete(path / FOLDER).is_dir():
+        return
+    try:
+        saved = state.read(path / FOLDER)
+    except RunError:
+        return  # it all follows from the store
+    if not isinstance(saved.meta, dict) or saved.meta.get("settings") != settings:
+        return
+    tree = {name: tensor.numpy() for name, tensor in saved.tree.items()}
+    stored = store.ids()
+    known = tree["main.ids"]
+    if not np.array_equal(stored[: known.size], known):
+        return  # items were forgotten since
+    try:
+        members.load_(tree, store.vectors)
+    except RequestError as error:
+        raise RunError(
+            f"what is saved in {path / FOLDER} does not fit the store; delete that folder, it is "
+            f"made anew from the store ({error})"
+        ) from error

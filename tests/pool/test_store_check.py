@@ -1,0 +1,166 @@
+"""``check`` finds each planted corruption, and reading a damaged store is an error."""
+
+from __future__ import annotations
+
+import shutil
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from store_model import DIM, texts, unit
+
+from sparing.core.errors import RunError
+from sparing.pool.items import Vectors
+from sparing.pool.store import Store, catalogue, check
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("sound") / "s"
+    with Store.create(made, dim=DIM, shard=600) as store:
+        for i in range(4):
+            store.append(texts(4, f"n{i}", 3), Vectors(main=unit(4, i)), source="s")
+        store.set_column("reason", [1], [2])
+        store.set_scores("gain", [1, 2], [0.5, 0.25], version="v")
+        store.snapshot()
+    assert check(made) == []
+    return made
+
+
+@pytest.fixture
+def path(sound: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(sound, tmp_path / "s"))
+
+
+def one(path: Path, pattern: str) -> Path:
+    return sorted(path.glob(pattern))[0]
+
+
+def flip(file: Path, place: float) -> None:
+    data = bytearray(file.read_bytes())
+    data[int(place * (len(data) - 1))] ^= 16
+    file.write_bytes(data)
+
+
+FILES = [
+    "payload/*.bin",
+    "vectors/main-*.bin",
+    "columns/rows-*",
+    "columns/reason-*",
+    "scores/gain-*",
+]
+
+
+@pytest.mark.parametrize("pattern", FILES)
+@pytest.mark.parametrize("place", [0.0, 0.37, 0.8, 1.0])
+def test_a_flipped_bit(path: Path, pattern: str, place: float) -> None:
+    file = one(path, pattern)
+    flip(file, place)
+    found = check(path)
+    assert f"{file.relative_to(path)} does not match its checksum" in found
+
+
+@pytest.mark.parametrize("pattern", FILES)
+def test_a_cut_file(path: Path, pattern: str) -> None:
+    file = one(path, pattern)
+    size = file.stat().st_size
+    with open(file, "r+b") as opened:
+        opened.truncate(size - 1)
+    assert f"{file.relative_to(path)} is cut short: {size - 1} of {size} bytes are left" in check(
+        path
+    )
+    with pytest.raises(RunError, match="is damaged"):
+        Store.open(path, write=True)
+    assert file.stat().st_size == size - 1  # and nothing was made worse
+
+
+@pytest.mark.parametrize("pattern", FILES)
+def test_a_missing_file(path: Path, pattern: str) -> None:
+    file = one(path, pattern)
+    file.unlink()
+    name = file.relative_to(path)
+    assert f"{name} is missing though the catalogue lists it" in check(path)
+    with pytest.raises(RunError, match="is missing though the catalogue lists it"):
+        Store.open(path, write=True)
+
+
+def test_an_orphan(path: Path) -> None:
+    (path / "payload" / "00999.bin").write_bytes(b"left by a dead writer")
+    (path / "columns" / "notes.txt").write_text("a user's own")
+    assert [text[:17] for text in check(path)] == ["payload/00999.bin"]
+    with Store.open(path, write=True):
+        assert check(path) == []
+    assert not (path / "payload" / "00999.bin").exists()
+    assert (path / "columns" / "notes.txt").exists()
+
+
+def test_bytes_behind_the_committed_length_are_no_damage(path: Path) -> None:
+    file = sorted((path / "payload").iterdir())[-1]
+    size = file.stat().st_size
+    with open(file, "ab") as opened:
+        opened.write(b"half a record")
+    assert check(path) == []
+    Store.open(path, write=True).close()
+    assert file.stat().st_size == size
+
+
+def test_damaged_items_are_named_and_not_given_out(path: Path) -> None:
+    file = one(path, "payload/*.bin")
+    flip(file, 0.5)
+    named = [text for text in check(path) if "damaged items" in text]
+    assert len(named) == 1
+    number = int(named[0].split()[-1])
+    with Store.open(path) as store:
+        with pytest.raises(RunError, match=rf"{file.name} is damaged at byte \d+: item {number}"):
+            store.items([number])
+        others = [i for i in range(16) if i != number]
+        assert len(store.items(others)) == 15
+
+
+def test_a_damaged_segment_is_an_error_when_read(path: Path) -> None:
+    flip(one(path, "scores/gain-*"), 0.5)
+    with Store.open(path) as store, pytest.raises(RunError, match="does not match its checksum"):
+        store.scores("gain")
+    flip(one(path, "columns/rows-*"), 0.5)
+    with pytest.raises(RunError, match="does not match its checksum"):
+        Store.open(path)
+
+
+@pytest.mark.parametrize(
+    ("statement", "expected"),
+    [
+        ("DELETE FROM part WHERE kind = 'payload' AND number = 1", "payload of"),
+        ("DELETE FROM part WHERE kind = 'vectors' AND first = 0", "main vectors of"),
+        ("UPDATE part SET rows = rows + 1 WHERE kind = 'score'", "holds 2 of 3 values"),
+        ("UPDATE part SET crc = crc + 1 WHERE kind = 'column'", "does not match its checksum"),
+        ("DELETE FROM source", "a source that the catalogue does not list"),
+        ("UPDATE counter SET next_id = 9", "not ascending and below the next one"),
+        ("UPDATE snapshot SET next_id = 99", "snapshot 1 is of items that do not exist"),
+        ("INSERT INTO forgetting VALUES (3)", "1 items are still to be forgotten"),
+        ("UPDATE counter SET change = 2", "holds changes that were never made"),
+    ],
+)
+def test_a_catalogue_that_says_something_else(path: Path, statement: str, expected: str) -> None:
+    connection = sqlite3.connect(path / catalogue.FILE)
+    with connection:
+        connection.execute(statement)
+    connection.close()
+    assert any(expected in text for text in check(path)), check(path)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda file: file.write_bytes(b"no database" * 100),
+        lambda file: file.write_bytes(file.read_bytes()[:5000]),
+        lambda file: file.write_bytes(b""),
+    ],
+)
+def test_a_damaged_catalogue(path: Path, damage: Callable[[Path], object]) -> None:
+    damage(path / catalogue.FILE)
+    assert check(path) != []
+    for write in (False, True):
+        with pytest.raises(RunError, match=catalogue.FILE):
+            Store.open(path, write=write)
+    assert len(list(path.glob("payload/*"))) > 1  # and what there is was not tidied away

@@ -1,0 +1,297 @@
+"""At every write of the store: a kill, a short write, a full disk; nothing acknowledged is lost."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from store_model import Model, agree, create, steps, texts, unit
+
+from sparing.core.errors import RunError
+from sparing.pool.items import Vectors
+from sparing.pool.store import Store, check, disk, merging
+
+Act = Callable[[str, Path, int], int | None]
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(merging, "FAN", 3)  # so that merges happen
+    yield
+    disk.watch = None
+
+
+class At:
+    """Does something at the n-th operation on the disk, and counts all."""
+
+    def __init__(self, n: int, act: Act) -> None:
+        self.n, self.act = n, act
+        self.seen: list[str] = []
+
+    def __call__(self, operation: str, path: Path, size: int) -> int | None:
+        self.seen.append(operation)
+        return self.act(operation, path, size) if len(self.seen) - 1 == self.n else None
+
+
+def no(operation: str, path: Path, size: int) -> None:
+    return None
+
+
+def kill(operation: str, path: Path, size: int) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def full(operation: str, path: Path, size: int) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+
+def models(upto: int) -> list[Model]:
+    """What the store must hold after 0, 1, ... steps."""
+    out = []
+    for count in range(upto + 1):
+        model = Model()
+        for _, _, plain in steps()[:count]:
+            plain(model)
+        out.append(model)
+    return out
+
+
+def operations(path: Path) -> list[str]:
+    create(path)
+    counter = disk.watch = At(-1, no)
+    with Store.open(path, write=True) as store:
+        for _, real, _ in steps():
+            real(store)
+    disk.watch = None
+    return counter.seen
+
+
+def in_child(work: Callable[[int], None]) -> tuple[int, int]:
+    """How many steps a forked child acknowledged before it ended, and by which signal."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        os.close(reading)
+        try:
+            work(writing)
+        finally:
+            os._exit(0)
+    os.close(writing)
+    with open(reading, "rb") as said:
+        acknowledged = len(said.read())
+    _, status = os.waitpid(child, 0)
+    return acknowledged, os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+
+
+def run_steps(path: Path, watch: Act | None, begin: int = 0) -> Callable[[int], None]:
+    def work(writing: int) -> None:
+        disk.watch = watch
+        with Store.open(path, write=True) as store:
+            for _, real, _ in steps()[begin:]:
+                real(store)
+                os.write(writing, b"1")
+
+    return work
+
+
+def holds(path: Path, acknowledged: int, expected: list[Model]) -> int:
+    """Which step the reopened store is at: the acknowledged one, or the one that was under way."""
+    with Store.open(path, write=True) as store:
+        change = len(expected) - 1 if acknowledged == len(expected) - 1 else acknowledged
+        try:
+            agree(store, expected[change])
+        except AssertionError:
+            change = acknowledged + 1
+            agree(store, expected[change])
+    assert check(path) == []
+    return change
+
+
+def killed_at(path: Path, n: int, half: bool, expected: list[Model]) -> None:
+    """Kill before the n-th operation; or, of a write, when half of it is written."""
+    create(path)
+    at = At(n, (lambda _operation, _path, size: size // 2) if half else kill)
+
+    def watch(operation: str, file: Path, size: int) -> int | None:
+        if half and len(at.seen) == n + 1:  # the call for what the half has left over
+            kill(operation, file, size)
+        return at(operation, file, size)
+
+    acknowledged, by = in_child(run_steps(path, watch))
+    assert by == signal.SIGKILL
+    state = holds(path, acknowledged, expected)
+    with Store.open(path, write=True) as store:
+        for _, real, _ in steps()[state:]:
+            real(store)
+        agree(store, expected[-1])
+
+
+def sampled(seen: list[str], few: bool) -> list[tuple[int, bool]]:
+    """Operations to fail at, each whole, and writes by half too; few: those of each kind."""
+    chosen = [
+        (n, half) for n in range(len(seen)) for half in (False, True)[: 1 + (seen[n] == "write")]
+    ]
+    return chosen[::17] if few else chosen
+
+
+@pytest.mark.parametrize("few", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_a_kill_at_any_operation_loses_nothing_acknowledged(tmp_path: Path, few: bool) -> None:
+    seen = operations(tmp_path / "plain")
+    kinds = {"write", "sync", "sync folder", "create", "remove", "commit", "committed"}
+    assert kinds <= set(seen)
+    expected = models(len(steps()))
+    for n, half in sampled(seen, few):
+        killed_at(tmp_path / f"{n}-{half}", n, half, expected)
+
+
+def refused(real: Callable[[Store], object], store: Store) -> str:
+    try:
+        real(store)
+    except RunError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("few", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_a_full_disk_at_any_operation_takes_back_the_step(tmp_path: Path, few: bool) -> None:
+    seen = operations(tmp_path / "plain")
+    expected = models(len(steps()))
+    raised = set()
+    for n in range(0, len(seen), 11 if few else 1):
+        path = tmp_path / str(n)
+        create(path)
+        disk.watch = At(n, full)
+        failures = 0
+        with Store.open(path, write=True) as store:
+            for number, (name, real, _) in enumerate(steps()):
+                said = refused(real, store)
+                if said:
+                    failures += 1
+                    raised.add(seen[n])
+                if said and seen[n] == "remove":  # nothing but forgetting hangs on it
+                    assert name == "forget"
+                    assert "could not be deleted" in said
+                elif said and seen[n] != "committed":
+                    assert "No space left" in said
+                    assert "free some space" in said
+                    agree(store, expected[number])
+                    real(store)
+                agree(store, expected[number + 1])
+        disk.watch = None
+        assert failures <= 1
+        Store.open(path, write=True).close()
+        assert check(path) == []
+    assert {"write", "sync", "create", "commit"} <= raised
+
+
+def test_short_writes_are_gone_on_with(tmp_path: Path) -> None:
+    create(tmp_path / "s")
+    disk.watch = lambda operation, path, size: min(size, 7) if operation == "write" else None
+    model = Model()
+    with Store.open(tmp_path / "s", write=True) as store:
+        for _, real, plain in steps()[:4]:
+            real(store)
+            plain(model)
+        agree(store, model)
+    assert check(tmp_path / "s") == []
+
+
+@pytest.mark.parametrize("limit", [300, 900, 3_000, 9_000, 40_000])
+def test_a_limit_on_file_size_is_an_error_and_no_loss(tmp_path: Path, limit: int) -> None:
+    """The system itself refuses to write on: shards, segments or the catalogue's journal."""
+    create(tmp_path / "s")
+
+    def work(writing: int) -> None:
+        with Store.open(tmp_path / "s", write=True) as store:
+            store.append(texts(2, "zero"), Vectors(main=unit(2, 8)), source="s")
+            store._state.settings["shard"] = 1 << 20
+            os.write(writing, b"1")
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+            try:
+                for i in range(500):
+                    store.append(texts(9, f"n{i}", 9), Vectors(main=unit(9, i)), source="s")
+                    os.write(writing, b"1")
+            except RunError as error:
+                text = str(error)
+                if "could not write" in text or "could not be written" in text:
+                    os.kill(os.getpid(), signal.SIGUSR1)
+
+    acknowledged, by = in_child(work)
+    assert by == signal.SIGUSR1
+    with Store.open(tmp_path / "s", write=True) as store:
+        assert store.size in (2 + 9 * (acknowledged - 1), 2 + 9 * acknowledged)
+        expected = [
+            *texts(2, "zero"),
+            *(i for n in range(acknowledged - 1) for i in texts(9, f"n{n}", 9)),
+        ]
+        assert store.items(store.ids())[: len(expected)] == expected
+        store.append(texts(3, "after"), Vectors(main=unit(3, 1)), source="s")
+    assert check(tmp_path / "s") == []
+
+
+def test_files_are_on_the_disk_before_the_commit_that_tells_of_them(tmp_path: Path) -> None:
+    """What a power cut needs: at each commit, all that was written has been forced, new files'
+    folders too, in this order.
+    """
+    create(tmp_path / "s")
+    dirty: set[Path] = set()
+    commits = 0
+
+    def watch(operation: str, path: Path, size: int) -> None:
+        nonlocal commits
+        if operation == "write":
+            dirty.add(path)
+        elif operation == "create":
+            dirty.update((path, path.parent))
+        elif operation in ("sync", "sync folder"):
+            dirty.discard(path)
+        elif operation == "commit":
+            commits += 1
+            assert dirty == set()
+
+    disk.watch = watch
+    with Store.open(tmp_path / "s", write=True) as store:
+        for _, real, _ in steps():
+            real(store)
+    assert commits > len(steps())
+
+
+@pytest.mark.slow
+def test_kills_at_random_moments(tmp_path: Path) -> None:
+    """Also within SQLite's own writes, where no test can look."""
+    import time
+
+    rng = np.random.default_rng(0)
+    path = tmp_path / "s"
+    create(path)
+    total = 0
+    for _ in range(40):
+        reading, writing = os.pipe()
+        child = os.fork()
+        if not child:
+            with Store.open(path, write=True) as store:
+                while True:
+                    i = store._state.next_id
+                    store.append(texts(3, f"n{i}"), Vectors(main=unit(3, i)), source="s", cursor=i)
+                    os.write(writing, b"1")
+        os.close(writing)
+        time.sleep(float(rng.uniform(0.0, 0.4)))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        with open(reading, "rb") as said:
+            total += 3 * len(said.read())
+        with Store.open(path, write=True) as store:
+            assert store.size in (total, total + 3)
+            total = store.size
+            if total:
+                assert store.sources() == {"s": total - 3}
+                assert store.items([total - 1])[0].text == f"n{total - 3} 2 "
+                np.testing.assert_array_equal(store.vectors()[-3:], unit(3, total - 3))
+    assert check(path) == []
+    assert total > 0
