@@ -420,6 +420,20 @@ def test_a_backup_is_a_store_of_its_own(store: Store, tmp_path: Path) -> None:
         backup(store.path, store.path / "copy")
 
 
+def test_a_backup_lacks_what_was_being_forgotten(store: Store, tmp_path: Path) -> None:
+    put(store, 3)
+    store.close()
+    connection = sqlite3.connect(store.path / catalogue.FILE)
+    with connection:  # as a writer leaves it that dies between its two steps
+        connection.execute("INSERT INTO forgetting VALUES (1)")
+    connection.close()
+    backup(store.path, tmp_path / "copy")
+    assert check(tmp_path / "copy") == []
+    with Store.open(tmp_path / "copy") as copy:
+        assert copy.ids().tolist() == [0, 2]
+    assert any("still to be forgotten" in text for text in check(store.path))
+
+
 def test_together_is_one_change_or_none(store: Store) -> None:
     with store.together("round 1"):
         ids = put(store, 3).ids

@@ -10,6 +10,7 @@ from sparing.core.state import replacing
 from sparing.pool.store import disk
 from sparing.pool.store.catalogue import FILE, Catalogue, Part, State
 from sparing.pool.store.change import FOLDERS
+from sparing.pool.store.store import Store
 
 _TRIES: Final = 20
 
@@ -18,8 +19,9 @@ def backup(path: str | Path, out: str | Path) -> None:
     """Make ``out`` a store that is the one at ``path`` as of now.
 
     Files that never change are hard links where the disk allows that, others are copied. The copy
-    is complete or not there at all. What is forgotten later stays in it. Raises RequestError if
-    there is something at ``out``, RunError if there is no store or the disk is full.
+    is complete or not there at all. What was being forgotten is not in it; what is forgotten later
+    stays. Raises RequestError if there is something at ``out``, RunError if there is no store or
+    the disk is full.
     """
     folder, out = Path(path), Path(out)
     if not (folder / FILE).is_file():
@@ -46,6 +48,8 @@ def _copy(folder: Path, aside: Path) -> None:
     Catalogue(folder).copy(aside / FILE)
     copied = Catalogue(aside)
     state = copied.read()
+    with copied.transaction("read") as connection:
+        forgetting = connection.execute(copied.tables["forgetting"].select()).first()
     copied.close()
     for name in sorted(set(FOLDERS.values())):
         (aside / name).mkdir()
@@ -53,6 +57,8 @@ def _copy(folder: Path, aside: Path) -> None:
         _one(folder, aside, part, state)
     for name in sorted(set(FOLDERS.values())):
         disk.sync_folder(aside / name)
+    if forgetting is not None:
+        Store.open(aside, write=True).close()  # a writer finishes it, here in the copy
 
 
 def _one(folder: Path, aside: Path, part: Part, state: State) -> None:
