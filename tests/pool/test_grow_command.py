@@ -74,6 +74,8 @@ def test_grow_tells_what_became_of_each_item(grown: tuple[Path, Result], tmp_pat
     assert reasons["same content"] == ["a.tar:copy", *(f"{n}.png" for n in range(20, 30))]
     assert sorted(reasons["unreadable"]) == ["a.tar:big", "a.tar:hurt", "cut.png"]
     assert reasons["near copy"] in (["again.bmp"], ["a.tar:005"])
+    copy = next(row for row in rows if row["reason"] == "near copy")
+    assert "stands for it, at distance 0.0000" in copy["detail"]
     found = json.loads(call("pool", "show", store, "--json").stdout)
     assert found["stored"] == 56
     assert found["kept"] == 55
@@ -127,6 +129,30 @@ def test_the_same_command_again_reads_nothing(grown: tuple[Path, Result], tmp_pa
     assert "--reread" in changed.stderr
     again = json.loads(call("grow", store, *sources, "--json", "--reread").stdout)
     assert (again["now"]["stored"], again["stored"]) == (1, 58)
+
+
+def test_image_hashes_find_what_a_strict_threshold_does_not(tmp_path: Path):
+    place = tmp_path / "images"
+    place.mkdir()
+    for number in range(6):
+        coarse = np.random.default_rng(number).integers(0, 255, (7, 7, 3), np.uint8)
+        scene = Image.fromarray(coarse).resize((96, 96), Image.Resampling.BICUBIC)
+        scene.save(place / f"{number}.png")
+        scene.resize((64, 64)).save(place / f"{number}.jpg", quality=80)
+    usual = ("--threshold", "0.000001", "--drops", tmp_path / "drops.jsonl", "--json")
+    found = json.loads(call("grow", tmp_path / "pool", place, *usual).stdout)
+    assert (found["kept"], found["dropped"]) == (6, {"near copy": 6})
+    rows = [json.loads(line) for line in (tmp_path / "drops.jsonl").read_text().splitlines()]
+    assert all("of 64 bits of their image hashes differ" in row["detail"] for row in rows)
+    without = json.loads(
+        call("grow", tmp_path / "other", place, *usual, "--image-hash", "-1").stdout
+    )
+    assert without["kept"] == 12
+    again = json.loads(call("grow", tmp_path / "pool", place, "--json").stdout)
+    assert again["kept"] == 6
+    wrong = call("grow", tmp_path / "pool", place, "--image-hash", "9")
+    assert wrong.exit_code == 2
+    assert "at most 7 bits" in wrong.stderr
 
 
 def test_a_budget_is_kept(tmp_path: Path):
@@ -267,7 +293,7 @@ def test_texts_and_their_page(tmp_path: Path):
     assert "caption is empty" in why["empty"]["detail"]
     copies = [row for row in why.values() if row["reason"] == "near copy"]
     assert len(copies) == told["dropped"]["near copy"] >= 1
-    assert all(row["detail"].endswith("stands for it") for row in copies)
+    assert all("stands for it, at distance" in row["detail"] for row in copies)
     page = (store / "report.html").read_text()
     assert "&lt;i&gt;words" in page
     assert "<i>words" not in page

@@ -24,6 +24,7 @@ _USUAL: Final[dict[str, Any]] = {
     "k": 4,
     "published": False,
     "threshold": 0.02,
+    "image_hash": 4,
     "misaligned": 0.01,
     "seed": 0,
 }
@@ -57,6 +58,14 @@ def grow(
     threshold: Annotated[
         float | None,
         typer.Option(help="Cosine distance up to which items are near copies; -1 for none."),
+    ] = None,
+    image_hash: Annotated[
+        int | None,
+        typer.Option(
+            metavar="BITS",
+            help="Image files are near copies too where so many bits of their perceptual hashes "
+            "differ at most; -1 for not.",
+        ),
     ] = None,
     misaligned: Annotated[
         float | None,
@@ -125,6 +134,7 @@ def grow(
             "k": k,
             "published": published,
             "threshold": threshold,
+            "image_hash": image_hash,
             "misaligned": misaligned,
             "seed": seed,
         }
@@ -205,7 +215,11 @@ def _growth(store: Path, options: dict[str, Any]) -> Growth:
     from sparing.pool.cleaning import Cleaning
     from sparing.pool.growth import Growth
 
-    clean = Cleaning(copies=options["threshold"], misaligned=options["misaligned"])
+    clean = Cleaning(
+        copies=options["threshold"],
+        image_hash=options["image_hash"],
+        misaligned=options["misaligned"],
+    )
     return Growth(
         store,
         encoder=options["encoder"],

@@ -25,7 +25,7 @@ from sparing.pool.decisions import Decision
 from sparing.pool.encoders import Encoder, encode
 from sparing.pool.encoders import encoder as encoder_of
 from sparing.pool.intake import NEAR_COPY, Intake, regroup
-from sparing.pool.items import REASONS, Added, Drop, Item, Vectors
+from sparing.pool.items import IMAGE_HASH, REASONS, Added, Drop, Item, Vectors
 from sparing.pool.members import COPY, STANDS, Members
 from sparing.pool.memory import MemoryStore
 from sparing.pool.store import Store
@@ -130,13 +130,20 @@ class Growth:
             members = self._members
             if self._early or left_out:
                 store.note_drops(source, [*self._early, *left_out], cursor)
-            added = store.append(taken, made.vectors, source=source, cursor=cursor)
+            marks = self._intake.marks(taken)
+            columns = None if marks is None else {IMAGE_HASH: marks}
+            added = store.append(taken, made.vectors, source=source, cursor=cursor, columns=columns)
             ids[made.rows] = added.ids
             new = np.flatnonzero(added.ids >= 0)
             second = None if made.vectors.second is None else made.vectors.second[new]
             vectors = Vectors(main=made.vectors.main[new], second=second)
             told = self._intake.take(
-                store, members, added.ids[new], [taken[i] for i in new], vectors
+                store,
+                members,
+                added.ids[new],
+                [taken[i] for i in new],
+                vectors,
+                None if marks is None else marks[new],
             )
         self._early = []
         return Added(ids=ids, drops=(*left_out, *added.drops, *told))
@@ -145,7 +152,12 @@ class Growth:
 
     @property
     def _settings(self) -> dict[str, Any]:
-        return {"k": self.k, "published": self.published, "copies": self.clean.copies}
+        return {
+            "k": self.k,
+            "published": self.published,
+            "copies": self.clean.copies,
+            "bits": self.clean.bits,
+        }
 
     def _create(self, vectors: Vectors) -> None:
         dim, second = vectors.main.shape[1], vectors.second is not None
@@ -174,6 +186,7 @@ class Growth:
                 read=store.vectors,
                 details=lambda ids: self._intake.details(store, ids),
                 limit=self.clean.copies,
+                bits=self.clean.bits,
                 kind=self.index,
                 second=store.settings["second"],
                 k=self.k,
@@ -385,11 +398,12 @@ class Growth:
         if ids.size:
             with self._changing("undo") as store:
                 members = self._members
-                members.back_(ids)
+                changed = members.back_(ids)
                 # a better copy may have come meanwhile
                 copy = members.role[members.main.places(ids)] == COPY
                 reason = np.where(copy, NEAR_COPY, before).astype(np.int8)
                 store.set_column("reason", ids, reason, note="taken back")
+                regroup(store, changed)
 
     def report(self) -> dict[str, Any]:
         """Items stored, kept, dropped by reason; copies by group; mean gain by tenth of arrival."""

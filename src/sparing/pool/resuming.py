@@ -6,6 +6,7 @@ or lost, is made good when the pool is opened: a kill at any time loses nothing.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,6 +16,7 @@ import torch
 from sparing.core import state
 from sparing.core.errors import RequestError, RunError
 from sparing.pool.intake import KEPT, NEAR_COPY
+from sparing.pool.items import IMAGE_HASH
 from sparing.pool.members import COPY, OUT, STANDS, Members
 
 FOLDER: Final = "growth"
@@ -34,6 +36,9 @@ def discard(path: Path) -> None:
 
 def resume_(members: Members, store: Any, path: Path | None, settings: dict[str, Any]) -> None:
     """Bring empty ``members`` to what the store holds, from what was saved as far as it goes."""
+    if members.bits >= 0:
+        with suppress(RequestError):  # no image ever came
+            members.marked_(store.column(IMAGE_HASH))
     if path is not None:
         _load_(members, store, path, settings)
     ids, reason = store.ids(), store.column("reason")
