@@ -15,19 +15,21 @@ from torch import Tensor
 
 from sparing.core.checks import require_whole
 from sparing.core.errors import RequestError, unknown
-from sparing.pool import judging, resuming
+from sparing.pool import judging, recaptioning, resuming
 from sparing.pool.account import account
 from sparing.pool.batch import as_items
 from sparing.pool.choice import Chosen, choose, generator, in_rounds
 from sparing.pool.cleaning import NO_CLEANING, Cleaning
 from sparing.pool.coverage import staying
-from sparing.pool.decisions import Decision
+from sparing.pool.decisions import Decision, Example
 from sparing.pool.encoders import Encoder, encode
 from sparing.pool.encoders import encoder as encoder_of
-from sparing.pool.intake import NEAR_COPY, Intake, regroup
+from sparing.pool.intake import KEPT, NEAR_COPY, Intake, regroup
 from sparing.pool.items import IMAGE_HASH, REASONS, Added, Drop, Item, Vectors
 from sparing.pool.members import COPY, STANDS, Members
 from sparing.pool.memory import MemoryStore
+from sparing.pool.recaption import Recaptions
+from sparing.pool.recaptioning import Captioner
 from sparing.pool.store import Store
 from sparing.samples.gains import ByGain, GainProportional, TwoPhase
 
@@ -84,6 +86,7 @@ class Growth:
         self._written: NDArray[np.float32] = np.empty(0, np.float32)
         self._early: list[Drop] = []
         self._draws = 0
+        self._queue: Recaptions | None = None
         if self.path is not None and self.path.exists() and any(self.path.iterdir()):
             self._store = Store.open(self.path, write=True)
             try:
@@ -219,6 +222,9 @@ class Growth:
 
     def close(self) -> None:
         """Save what makes opening quick, and let others write."""
+        if self._queue is not None:
+            self._queue.close()
+            self._queue = None
         if self._store is not None:
             if self.path is not None and self._known is not None:
                 resuming.save(self.path, self._known, self._settings)
@@ -330,23 +336,40 @@ class Growth:
         return out
 
     def _drop(self, ids: Ids, reason: str, note: str) -> None:
-        if ids.size:
-            code = np.full(ids.size, REASONS.index(reason), np.int8)
-            with self._changing(note) as store:
-                store.set_column("reason", ids, code, note=note)
-                self._members.leave_(ids)
+        self._decide(ids, np.full(ids.size, REASONS.index(reason)), note)
+
+    def _decide(self, ids: Ids, reasons: NDArray[Any], note: str) -> None:
+        """Give items (n,) these reasons (n,); those that come in may turn out to be copies."""
+        if not ids.size:
+            return
+        comes = np.isin(reasons, (KEPT, NEAR_COPY))
+        with self._changing(note) as store:
+            members = self._members
+            members.leave_(ids[~comes])
+            changed = members.back_(ids[comes])
+            copy = members.role[members.main.places(ids)] == COPY
+            told = np.where(comes, np.where(copy, NEAR_COPY, KEPT), reasons).astype(np.int8)
+            store.set_column("reason", ids, told, note=note)
+            regroup(store, changed)
 
     def forget(self, ids: Any) -> None:
-        """Take items away from everywhere: payload, vectors, neighbours, scores, snapshots."""
+        """Take items away from everywhere: payload, vectors, neighbours, scores, snapshots.
+
+        What was made of them by a new text goes with them.
+        """
         store = self._opened()
         given = np.unique(np.asarray(ids, np.int64))
-        items = store.items(given)  # an unknown id is an error before anything is done
+        store.items(given)  # an unknown id is an error before anything is done
+        given = recaptioning.made_of(store, given)
+        items = store.items(given)
         members = self._members
         if self.path is not None:
             resuming.discard(self.path)
         cached = getattr(self.encoder, "forget_items", None)
         if cached is not None:
             cached(items)
+        if self._queue is not None or (self.path and (self.path / recaptioning.FILE).is_file()):
+            self.recaptions.forget(given.tolist())
         try:
             changed = members.forget_(given)
             store.forget(given)
@@ -394,16 +417,67 @@ class Growth:
         store = self._opened()
         known = np.isin(decision.ids, self.ids)  # others were forgotten
         held = replace(decision, ids=decision.ids[known], before=decision.before[known])
-        ids, before = held.undone(self.reasons[np.searchsorted(self.ids, held.ids)])
-        if ids.size:
-            with self._changing("undo") as store:
-                members = self._members
-                changed = members.back_(ids)
-                # a better copy may have come meanwhile
-                copy = members.role[members.main.places(ids)] == COPY
-                reason = np.where(copy, NEAR_COPY, before).astype(np.int8)
-                store.set_column("reason", ids, reason, note="taken back")
-                regroup(store, changed)
+        ids, before = held.undone(self.reasons[np.searchsorted(store.ids(), held.ids)])
+        self._decide(ids, before, "taken back")
+
+    @property
+    def recaptions(self) -> Recaptions:
+        """The queue of misaligned pairs that wait for a better text; all of them are in it.
+
+        With a path it is a file, ``recaptions.sqlite``, that captioners in other processes may
+        open; the texts that they offer are judged by the next ``recaption``.
+        """
+        store = self._opened()
+        if self._queue is None:
+            path = None if self.path is None else self.path / recaptioning.FILE
+            self._queue = Recaptions(path)
+        self._queue.put(recaptioning.waiting(store).tolist())
+        return self._queue
+
+    def recaption(
+        self, captioner: Captioner | None = None, *, batch: int = 64, limit: int | None = None
+    ) -> Decision:
+        """Let misaligned pairs in with new texts that reach the threshold where the old do not.
+
+        captioner: a list of images (``PIL.Image`` in RGB, or the items' tensors) to as many texts,
+        None where it has none; called with ``batch`` images until nobody waits, or ``limit`` were
+        asked for. Without one the texts that others offered are judged. What was done is durable
+        after each batch, and the next call goes on from there.
+
+        A text that is taken makes a new item; the old one stays in the store as it was. ``undo``
+        of the decision takes the new ones out.
+        """
+        require_whole("batch", batch, 1)
+        queue, threshold = self.recaptions, self._threshold()
+        queue.abandon(recaptioning.OWN)
+        new, examples = self._judge_texts(queue, batch)  # of others, and of one that was killed
+        left = len(self) if limit is None else limit
+        while captioner is not None and left > 0:
+            count = recaptioning.caption(queue, self._store, captioner, min(batch, left))
+            if not count:
+                break
+            left -= count
+            more, shown = self._judge_texts(queue, batch)
+            new, examples = np.concatenate([new, more]), [*examples, *shown]
+        return recaptioning.decision(self._store, new, examples, threshold)
+
+    def _threshold(self) -> float:
+        _ = self._members  # which calibrates it
+        return self._intake.threshold
+
+    def _judge_texts(self, queue: Recaptions, batch: int) -> tuple[Ids, list[Example]]:
+        new, examples = [np.empty(0, np.int64)], list[Example]()
+        while True:
+            ids, texts = queue.offered(batch)
+            if not ids.size:
+                return np.concatenate(new), examples
+            with self._changing(recaptioning.NOTE) as store:
+                taken, came, shown = recaptioning.take(
+                    store, self._members, self._intake, self.encoder, ids, texts
+                )
+            queue.settle(ids.tolist(), taken.tolist())
+            new.append(came)
+            examples += shown
 
     def report(self) -> dict[str, Any]:
         """Items stored, kept, dropped by reason; copies by group; mean gain by tenth of arrival."""

@@ -8,6 +8,7 @@ from typing import Any, final
 import numpy as np
 from numpy.typing import NDArray
 
+from sparing.core.errors import RequestError
 from sparing.pool.alignment import Alignment
 from sparing.pool.batch import quality
 from sparing.pool.cleaning import Cleaning
@@ -42,6 +43,17 @@ class Intake:
             self._alignment.observe_(vectors)
             self._alignment.seen = store.size
 
+    @property
+    def threshold(self) -> float:
+        """The least cosine of a pair that is kept. Raises RequestError where none is known."""
+        found = self._alignment.calibration
+        if not np.isfinite(found.threshold):
+            raise RequestError(
+                f"texts cannot be judged: {found.detail}; a pool of pairs, with "
+                "Cleaning(misaligned=) above 0, calibrates it as pairs arrive"
+            )
+        return found.threshold
+
     def marks(self, items: Sequence[Item]) -> Marks | None:
         """The perceptual hashes of items, (n,), or None where none has a file of an image."""
         if self.clean.bits < 0 or all(item.image is None for item in items):
@@ -56,10 +68,15 @@ class Intake:
         items: list[Item],
         vectors: Vectors,
         marks: Marks | None = None,
+        *,
+        judged: bool = False,
     ) -> list[Drop]:
-        """Let new items in; tells which of them are not in the choice. marks: see ``marks``."""
+        """Let new items in; tells which of them are not in the choice.
+
+        marks: see ``marks``. judged: it is known that image and text belong together.
+        """
         wrong = np.zeros(ids.size, bool)
-        if vectors.second is not None and self.clean.misaligned and ids.size:
+        if vectors.second is not None and self.clean.misaligned and ids.size and not judged:
             self._alignment.observe_(vectors)
             wrong = self._alignment.misaligned(vectors)
         self._batch = dict(zip(ids.tolist(), items, strict=True))
