@@ -28,6 +28,15 @@ def save(path: Path, members: Members, settings: dict[str, Any]) -> None:
     state.save(path / FOLDER, tree, meta={"growth": 1, "settings": settings})
 
 
+def settings(path: Path) -> dict[str, Any] | None:
+    """Those that a pool was last closed with, None where nothing is saved."""
+    if not state.complete(path / FOLDER).is_dir():
+        return None
+    meta = state.read(path / FOLDER).meta
+    found = meta.get("settings") if isinstance(meta, dict) else None
+    return found if isinstance(found, dict) else None
+
+
 def discard(path: Path) -> None:
     """Take away what was saved, before items are forgotten."""
     with state.replacing(path / FOLDER):
