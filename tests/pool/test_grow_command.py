@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,23 @@ from tests.forked import script
 from tests.pool.made_sources import bomb, lines, tar
 from typer.testing import CliRunner
 
-from sparing.cli import app, pool_page
+from sparing.cli import app, pool_page, pool_pictures
+from sparing.pool.cleaning import Cleaning
 from sparing.pool.encoders import encoder
 from sparing.pool.growth import Growth
-from sparing.pool.items import Item
+from sparing.pool.items import Item, Vectors
 from sparing.pool.sources import account, ingest, open_source
 from sparing.pool.store import Store
+
+
+class Letters:
+    """How often each letter occurs in a text."""
+
+    dim, version = 27, "letters-1"
+
+    def __call__(self, items: Any) -> Vectors:
+        counted = [[(item.text or "").count(chr(97 + at)) for at in range(26)] for item in items]
+        return Vectors(main=np.array([[*row, 1] for row in counted], np.float32))
 
 
 def call(*arguments: Any) -> Result:
@@ -97,7 +109,50 @@ def test_the_page_shows_examples_and_runs_nothing(grown: tuple[Path, Result]):
     assert "built-in" not in page  # a dictionary's method in place of what it holds
     assert "cut.png" in page
     assert "oversized" in page
-    assert "stands for it" in page
+    assert "One group of near copies, 2 items;" in page
+    assert "0.0000 away" in page
+    assert "an epoch over what is kept takes 55 of the 70 items that arrived" in page
+
+
+def test_the_page_has_a_map_of_kept_and_dropped_items(tmp_path: Path):
+    store = tmp_path / "pool"
+    sources = shards(tmp_path)
+    assert call("grow", store, *sources, "--budget", 20).exit_code == 0
+    page = (store / "report.html").read_text()
+    drawn = page.split("What is covered")[1].split("</section>")[0]
+    assert "56 of 56 items" in drawn
+    assert [part.split("<")[0].strip() for part in drawn.split("</b>")[1:]] == [
+        "kept 20", "near copy 1", "evicted 35"
+    ]  # fmt: skip
+    paths = re.findall(r'class="(c\d) dots" d="([^"]*)"', drawn)
+    assert {style: path.count("M") for style, path in paths} == {"c1": 20, "c2": 1, "c4": 35}
+    with Store.open(store) as view:
+        rows = view.vectors().astype(np.float64)
+        alive = view.alive
+    share = np.linalg.svd(rows - rows.mean(0), compute_uv=False) ** 2
+    assert f"the first direction, {share[0] / share.sum():.0%} of the variance" in drawn
+    # the dots lie as the plainest projection has them, up to its sign
+    _, _, axes = np.linalg.svd(rows - rows.mean(0), full_matrices=False)
+    first = rows[alive] @ axes[0]
+    shown = [float(x) for x in re.findall(r"M([\d.]+) ", dict(paths)["c1"])]
+    assert abs(np.corrcoef(first, shown)[0, 1]) > 0.999
+
+
+def test_groups_of_copies_are_shown_from_the_largest_to_the_smallest(tmp_path: Path):
+    texts = [f"{name * 60} word{dot}" for name in "az" for dot in (".", "!", "?")]
+    texts += [f"story of {name * 20}" for name in "klmn"]
+    with Growth(tmp_path / "pool", encoder=Letters(), clean=Cleaning(copies=0.01)) as growth:
+        growth.add([Item(key=str(at), text=text) for at, text in enumerate(texts)])
+        growth.forget([int(growth._members.groups.representatives([0])[0])])
+        growth.snapshot()
+    with Store.open(tmp_path / "pool") as view:
+        page = pool_page.write(view, tmp_path / "pool", account.summary(view))
+        words, groups = pool_pictures.copies(view)
+    assert words.startswith("2 groups of near copies, 5 items;")
+    assert [len(group) for group in groups] == [3, 2]
+    assert all("away" in told for group in groups for _, told in group[1:])
+    assert page is not None
+    assert "zzz word" in page.read_text().split("Copies that were found")[1]
 
 
 def test_what_is_hostile_is_escaped_in_the_page(tmp_path: Path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,15 +67,34 @@ def dropped(view: AnyView) -> Iterator[dict[str, Any]]:
         if drop.reason != "kept":
             yield {"key": drop.key, "reason": drop.reason, "detail": drop.detail}
     reasons, keys, ids = view.column("reason"), view.column("key"), view.ids()
-    copies = dict(nearness(view))
+    copies = {of.id: of.words for of in nearness(view)}
     for at in np.flatnonzero(reasons).tolist():
         detail = copies.get(int(ids[at]), "")
         reason = REASONS[reasons[at]]
         yield {"key": str(keys[at]), "reason": reason, "detail": detail, "id": int(ids[at])}
 
 
-def nearness(view: AnyView, among: NDArray[np.int64] | None = None) -> Iterator[tuple[int, str]]:
-    """Near copies, or those of ``among``, by id: what stands for each, and how near it is."""
+class Nearness(NamedTuple):
+    """A near copy: its id, that of the item that stands for it, the cosine distance of the two, and
+    by how many of 64 bits their image hashes differ, -1 where one has none.
+    """
+
+    id: int
+    stands: int
+    distance: float
+    bits: int
+
+    @property
+    def words(self) -> str:
+        """All of it, for a reader."""
+        said = f"item {self.stands} stands for it, at distance {self.distance:.4f}"
+        if self.bits < 0:
+            return said
+        return f"{said}, {self.bits} of 64 bits of their image hashes differ"
+
+
+def nearness(view: AnyView, among: NDArray[np.int64] | None = None) -> Iterator[Nearness]:
+    """All near copies of a store, or those of ``among``."""
     if GROUP not in view.columns():
         return
     copies = view.column("reason") == REASONS.index("near copy")
@@ -89,8 +108,5 @@ def nearness(view: AnyView, among: NDArray[np.int64] | None = None) -> Iterator[
         far = 1 - np.einsum("nd,nd->n", view.vectors(mine), view.vectors(theirs))
         one, two = marks[view.positions(mine)], marks[view.positions(theirs)]
         bits = np.where((one != 0) & (two != 0), np.bitwise_count(one ^ two).astype(int), -1)
-        for row in range(mine.size):
-            words = f"item {theirs[row]} stands for it, at distance {max(far[row], 0):.4f}"
-            if bits[row] >= 0:
-                words += f", {bits[row]} of 64 bits of their image hashes differ"
-            yield int(mine[row]), words
+        told = zip(mine.tolist(), theirs.tolist(), far.clip(0).tolist(), bits.tolist(), strict=True)
+        yield from (Nearness(*row) for row in told)
