@@ -305,10 +305,16 @@ class Growth:
     ) -> ByGain:
         """A torch Sampler of epochs by gain; it gives positions in ``kept()``.
 
-        options: those of ``sparing.GainProportional`` or ``sparing.TwoPhase``.
+        options: those of ``sparing.GainProportional``, ``share=`` for one, or ``sparing.TwoPhase``,
+        whose epochs are as long as the gains make them.
         """
         if policy not in POLICIES:
             raise unknown("policy", policy, POLICIES)
+        if policy == "two-phase" and {"share", "keep"} & options.keys():
+            raise RequestError(
+                "two-phase epochs are as long as the gains make them, and take no share; leave it "
+                'out, or draw by "proportional"'
+            )
         gains = self.gains()
         gains = gains[~np.isnan(gains)]
         if not gains.size:
