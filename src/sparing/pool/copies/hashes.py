@@ -54,7 +54,7 @@ class Hashes:
             np.concatenate([self._recent[0], ids[some]]),
             np.concatenate([self._recent[1], marks[some]]),
         )
-        if self._recent[0].size > max(_RECENT, self._old[0].size // 8):
+        if self._recent[0].size > max(_RECENT, self._old[0].size // 64):
             self._merge()
 
     def remove(self, ids: Ids) -> None:
