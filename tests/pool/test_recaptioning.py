@@ -199,6 +199,7 @@ def test_texts_offered_elsewhere_or_twice_are_judged_once(tmp_path: Path) -> Non
 
 def test_what_a_captioner_may_not_do_is_told_and_costs_nothing() -> None:
     pool = grown()
+    assert len(pool.recaption(right, limit=0).ids) == 0
     waits = len(pool.recaptions.lease(1)) and pool.recaptions.counts()["waiting"]
 
     def fails(_images: Any) -> list[str]:

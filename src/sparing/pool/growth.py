@@ -21,7 +21,7 @@ from sparing.pool.batch import as_items
 from sparing.pool.choice import Chosen, choose, generator, in_rounds
 from sparing.pool.cleaning import NO_CLEANING, Cleaning
 from sparing.pool.coverage import staying
-from sparing.pool.decisions import Decision, Example
+from sparing.pool.decisions import Decision
 from sparing.pool.encoders import Encoder, encode
 from sparing.pool.encoders import encoder as encoder_of
 from sparing.pool.intake import KEPT, NEAR_COPY, Intake, regroup
@@ -454,36 +454,20 @@ class Growth:
         of the decision takes the new ones out.
         """
         require_whole("batch", batch, 1)
-        queue, threshold = self.recaptions, self._threshold()
-        queue.abandon(recaptioning.OWN)
-        new, examples = self._judge_texts(queue, batch)  # of others, and of one that was killed
-        left = len(self) if limit is None else limit
-        while captioner is not None and left > 0:
-            count = recaptioning.caption(queue, self._store, captioner, min(batch, left))
-            if not count:
-                break
-            left -= count
-            more, shown = self._judge_texts(queue, batch)
-            new, examples = np.concatenate([new, more]), [*examples, *shown]
-        return recaptioning.decision(self._store, new, examples, threshold)
+        queue = self.recaptions
+        _ = self._members  # which calibrates the threshold
+        threshold = self._intake.threshold
 
-    def _threshold(self) -> float:
-        _ = self._members  # which calibrates it
-        return self._intake.threshold
-
-    def _judge_texts(self, queue: Recaptions, batch: int) -> tuple[Ids, list[Example]]:
-        new, examples = [np.empty(0, np.int64)], list[Example]()
-        while True:
-            ids, texts = queue.offered(batch)
-            if not ids.size:
-                return np.concatenate(new), examples
+        def take(ids: Ids, texts: list[str]) -> recaptioning.Taken:
             with self._changing(recaptioning.NOTE) as store:
-                taken, came, shown = recaptioning.take(
+                return recaptioning.take(
                     store, self._members, self._intake, self.encoder, ids, texts
                 )
-            queue.settle(ids.tolist(), taken.tolist())
-            new.append(came)
-            examples += shown
+
+        if limit is not None:
+            require_whole("limit", limit, 0)
+        new, examples = recaptioning.work(queue, self._store, captioner, take, batch, limit)
+        return recaptioning.decision(self._store, new, examples, threshold)
 
     def report(self) -> dict[str, Any]:
         """Items stored, kept, dropped by reason; copies by group; mean gain by tenth of arrival."""

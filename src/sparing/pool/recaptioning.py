@@ -32,6 +32,8 @@ _WORDS: Final = 80
 
 Ids = NDArray[np.int64]
 Captioner = Callable[[list[Any]], Sequence[str | None]]
+Taken = tuple[NDArray[np.bool_], Ids, list[Example]]
+"""Of offered texts (n,) which were taken; the ids of the new items; and examples."""
 
 
 def column(store: Any, name: str, none: Any) -> NDArray[Any]:
@@ -84,6 +86,35 @@ def caption(queue: Recaptions, store: Any, captioner: Captioner, count: int) -> 
     return len(leases)
 
 
+def work(
+    queue: Recaptions,
+    store: Any,
+    captioner: Captioner | None,
+    take_: Callable[[Ids, list[str]], Taken],
+    batch: int,
+    limit: int | None,
+) -> tuple[Ids, list[Example]]:
+    """Have items captioned, up to ``limit`` of them, and judge after each batch what is offered.
+
+    take_: (ids, texts) -> as ``take``, durably. Returns the ids of all new items, and examples.
+    """
+    queue.abandon(OWN)
+    new, examples, done = [_NONE], list[Example](), 0
+    while True:
+        ids, texts = queue.offered(batch)  # also what others offered, or one that was killed
+        if ids.size:
+            taken, came, shown = take_(ids, texts)
+            queue.settle(ids.tolist(), taken.tolist())
+            new.append(came)
+            examples += shown
+            continue
+        asked = batch if limit is None else min(batch, limit - done)
+        count = 0 if captioner is None or not asked else caption(queue, store, captioner, asked)
+        done += count
+        if not count:
+            return np.concatenate(new), examples
+
+
 def take(
     store: Any,
     members: Members,
@@ -91,10 +122,10 @@ def take(
     encoder: Encoder,
     ids: Ids,
     texts: Sequence[str],
-) -> tuple[NDArray[np.bool_], Ids, list[Example]]:
+) -> Taken:
     """Judge texts offered for items (n,), and let in those that are taken.
 
-    Returns (n,) which were, the new items' ids, and examples. Within a change of the store.
+    Within a change of the store.
     """
     threshold = intake.threshold
     open_ = np.flatnonzero(np.isin(ids, waiting(store)))
