@@ -125,7 +125,7 @@ CASES: dict[str, list[dict[str, Any]]] = {
     "growth": [
         {},
         {"keep": 0.5, "rule": "published", "arrival": "by class", "label_issues": False},
-        {"keep": 0.6, "sampling": "two-phase", "k": 2},
+        {"keep": 1.0, "sampling": "two-phase", "k": 2},
         {"keep": 0.4, "sampling": "proportional", "duplicates": 0.3, "arrival": "shuffled"},
         {"keep": 0.5, "rule": "random", "duplicates": 0.0},
     ],

@@ -150,13 +150,13 @@ def test_an_item_is_asked_for_its_quality_once() -> None:
     assert groups.members(0).tolist() == list(range(30))
 
 
-def test_hashes_that_differ_keep_apart_what_the_vectors_hold_for_copies() -> None:
-    rows = np.ones((4, 1), np.float32)
+def test_hashes_that_agree_make_copies_of_what_the_vectors_keep_apart() -> None:
+    rows = np.eye(4, dtype=np.float32)
     marks = np.array([0b111, 0b110, 0b1111000000, 0], np.uint64)
     made = owners(Traits(vectors=rows, marks=marks), np.arange(4), Near(limit=0.1, bits=2))
-    assert made.tolist() == [0, 0, 2, 0]
+    assert made.tolist() == [0, 0, 2, 3]
     made = owners(Traits(vectors=rows, marks=marks), np.arange(4), Near(limit=0.1))
-    assert made.tolist() == [0, 0, 0, 0]
+    assert made.tolist() == [0, 1, 2, 3]
 
 
 def test_comparing_in_full_needs_both() -> None:

@@ -1,19 +1,23 @@
-"""Perceptual hashes, pairs by them against brute force, and which copy is preferred."""
+"""Perceptual hashes of image files, and the copies that a pool finds by them."""
 
 from __future__ import annotations
 
 import io
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from sparing.core.errors import RequestError
-from sparing.pool.copies.greedy import Near, Traits
-from sparing.pool.copies.images import alike, marks, quality
-from sparing.pool.items import Item
+from sparing.pool.cleaning import Cleaning
+from sparing.pool.copies.images import marks
+from sparing.pool.growth import Growth
+from sparing.pool.items import REASONS, Item
+from sparing.pool.store import Store
 
 Image: Any = pytest.importorskip("PIL.Image")
+Enhance: Any = pytest.importorskip("PIL.ImageEnhance")
 pytest.importorskip("imagehash")
 
 
@@ -39,14 +43,6 @@ def test_a_hash_stays_through_size_and_compression_and_tells_others_apart() -> N
     apart = np.bitwise_count(found[:, None] ^ found[None])
     assert apart[0, :3].max() <= 6
     assert apart[0, 3:].min() > 12
-    as_tensor = np.asarray(scene(0)).transpose(2, 0, 1)
-    tensors = [
-        as_tensor,
-        (as_tensor / 255).astype(np.float32),
-        ((as_tensor / 255 - 0.5) / 0.2).astype(np.float32),
-    ]
-    other = marks([Item(key="", tensor=tensor) for tensor in tensors])
-    assert np.bitwise_count(other ^ found[0]).max() <= 4
 
 
 def test_what_has_no_pattern_has_no_hash() -> None:
@@ -55,64 +51,145 @@ def test_what_has_no_pattern_has_no_hash() -> None:
         Item(key="flat", image=saved(flat)),
         Item(key="broken", image=b"junk"),
         Item(key="text", text="words"),
-        Item(key="row", tensor=np.ones(5)),
-        Item(key="nan", tensor=np.full((1, 9, 9), np.nan)),
+        Item(key="row", tensor=np.asarray(scene(0))),
+        Item(key="tiny", image=saved(scene(0, 31))),
     ]
     assert marks(batch).tolist() == [0] * 5
+    assert marks([Item(key="small", image=saved(scene(0, 32)))])[0] > 0
 
 
-@pytest.mark.parametrize("bits", [0, 1, 3, 7])
-def test_pairs_equal_brute_force(bits: int) -> None:
-    drawn = np.random.default_rng(bits)
-    base = drawn.integers(1, 2**63, 60).astype(np.uint64)[drawn.integers(0, 60, 300)]
-    flips = drawn.integers(0, 64, (300, 4)).astype(np.uint64)
-    found = base.copy()
-    for column in range(4):
-        found ^= np.where(drawn.random(300) < 0.5, np.uint64(1) << flips[:, column], np.uint64(0))
-    found[:5] = 0
-    one, two = alike(found, bits)
-    # equal ones are told as pairs with the first of their kind only
-    first = {value: at for at, value in reversed(list(enumerate(found.tolist())))}
-    expected = set()
-    for a in range(300):
-        for b in range(a + 1, 300):
-            near = (int(found[a]) ^ int(found[b])).bit_count() <= bits
-            if not near or found[a] == 0 or found[b] == 0:
-                continue
-            leads = {first[int(found[a])], first[int(found[b])]}
-            if leads == {a, b} or (found[a] == found[b] and a in leads):
-                expected.add((a, b))
-    assert set(zip(one.tolist(), two.tolist(), strict=True)) == expected
-    assert len(alike(np.zeros(4, np.uint64), bits)[0]) == 0
+STRICT = Cleaning(copies=1e-6)
 
 
-def test_a_mass_of_equal_hashes_stays_linear() -> None:
-    one, _ = alike(np.full(200_000, 12345, np.uint64), 3)
-    assert len(one) == 199_999
-    assert set(one.tolist()) == {0}
-    with pytest.raises(RequestError, match="at most 7"):
-        alike(np.ones(2, np.uint64), 8)
+def copies(seed: int) -> list[bytes]:
+    """A picture compressed, made small, and brightened with both."""
+    image = scene(seed)
+    small = image.resize((64, 64), Image.Resampling.LANCZOS)
+    bright = Enhance.Brightness(small).enhance(1.05)
+    return [saved(image, "JPEG", quality=70), saved(small), saved(bright, "JPEG", quality=80)]
 
 
-def test_hashes_widen_the_distance_where_they_agree() -> None:
-    angle = np.array([0.0, 0.3, 0.3])
-    rows = np.stack([np.cos(angle), np.sin(angle)], 1).astype(np.float32)
-    traits = Traits(vectors=rows, marks=np.array([0b1, 0b11, 0b111110], np.uint64))
-    table = Near(limit=0.01, bits=1, wide=0.1).table(traits, traits)
-    assert table.tolist() == [[True, True, False], [True, True, False], [False, False, True]]
-    with pytest.raises(RequestError, match="wide needs bits"):
-        Near(limit=0.01, wide=0.1)
-
-
-def test_more_pixels_then_longer_texts_are_preferred() -> None:
-    small, large = saved(scene(0, 20)), saved(scene(0, 30))
-    batch = [
-        Item(key="", image=small, text="a long caption"),
-        Item(key="", image=large, text="a"),
-        Item(key="", image=large, text="a longer one"),
-        Item(key="", image=b"junk"),
+@pytest.fixture(scope="module")
+def batch() -> list[Item]:
+    """20 pictures, three copies of each of the first 8, and what has no hash among them."""
+    items = [Item(key=f"{seed}", image=saved(scene(seed))) for seed in range(20)]
+    items += [
+        Item(key=f"{seed} again {at}", image=file)
+        for seed in range(8)
+        for at, file in enumerate(copies(seed))
     ]
-    assert np.argsort(quality(batch)).tolist() == [3, 0, 1, 2]
-    words = quality([Item(key="", text="one"), Item(key="", text="three")])
-    assert words.tolist() == [3, 5]
-    assert quality([Item(key="", tensor=np.ones((2, 3)))]).tolist() == [6]
+    tiny = [Item(key=f"tiny {side}", image=saved(scene(0, side))) for side in (20, 24)]
+    return items + tiny
+
+
+def groups(pool: Growth) -> dict[str, str]:
+    """What stands for each item, by keys."""
+    ids = pool.ids
+    names = {int(i): item.key for i, item in zip(ids, pool.items(ids), strict=True)}
+    owners = pool._members.groups.representatives(ids)
+    return {names[int(i)]: names[int(j)] for i, j in zip(ids, owners, strict=True)}
+
+
+def put(pool: Growth, batch: list[Item], order: Any, size: int) -> Growth:
+    for at in range(0, len(batch), size):
+        pool.add([batch[i] for i in order[at : at + size]])
+    return pool
+
+
+def test_copies_are_found_by_the_hash_where_the_vectors_are_too_far(batch: list[Item]) -> None:
+    pool = Growth(encoder="pixels", clean=STRICT)
+    added = pool.add(batch)
+    told = {drop.key: drop for drop in added.drops}
+    # the largest file of each picture stays
+    owner = groups(pool)
+    assert {name.split()[0] for name in told} == {str(seed) for seed in range(8)}
+    assert len(told) == 24
+    for seed in range(8):
+        mine = {owner[name] for name in owner if name.split()[0] == str(seed)}
+        assert len(mine) == 1
+    assert all("perceptual hash" in drop.detail for drop in told.values())
+    assert len(pool.kept()) == 22
+    without = Growth(encoder="pixels", clean=Cleaning(copies=1e-6, image_hash=-1))
+    without.add(batch)
+    assert len(without.kept()) == len(batch)
+    by_vector = Growth(encoder="pixels", clean=Cleaning(copies=0.05))
+    drops = by_vector.add(batch).drops
+    assert any("perceptual hash" not in drop.detail for drop in drops)
+
+
+@pytest.mark.parametrize("size", [1, 7, 46])
+def test_the_groups_do_not_depend_on_the_order(batch: list[Item], size: int) -> None:
+    whole = groups(put(Growth(encoder="pixels", clean=STRICT), batch, range(len(batch)), 46))
+    order = np.random.default_rng(size).permutation(len(batch))
+    mixed = put(Growth(encoder="pixels", clean=STRICT), batch, order, size)
+    assert groups(mixed) == whole
+    kept = {item.key for item in mixed.items(mixed.kept())}
+    assert kept == set(whole.values())
+
+
+def test_hashes_are_stored_read_again_and_forgotten(batch: list[Item], tmp_path: Path) -> None:
+    whole = groups(put(Growth(encoder="pixels", clean=STRICT), batch, range(len(batch)), 46))
+    path = tmp_path / "pool"
+    with Growth(path, encoder="pixels", clean=STRICT) as pool:
+        put(pool, batch[::2], range(len(batch[::2])), 9)
+    for again in (False, True):
+        if again:  # without what was saved beside the store
+            for file in (path / "growth").iterdir():
+                file.unlink()
+            (path / "growth").rmdir()
+        with Growth(path, encoder="pixels", clean=STRICT) as pool:
+            if not again:
+                put(pool, batch[1::2], range(len(batch[1::2])), 11)
+            assert groups(pool) == whole
+    with Store.open(path) as store:
+        held = store.column("image_hash")
+        assert (held != 0).sum() == len(batch) - 2
+    with Growth(path, encoder="pixels", clean=STRICT) as pool:
+        owner = groups(pool)["3"]
+        gone = [i for i in pool.ids if pool.items([i])[0].key == owner]
+        others = [i for i in pool.ids if pool.items([i])[0].key.split()[0] == "3"]
+        pool.forget(gone)
+        left = [i for i in others if i not in gone]
+        assert len(set(pool._members.groups.representatives(left))) == 1
+        assert (pool.reasons[np.searchsorted(pool.ids, left)] == 0).sum() == 1
+        pool.forget(left)
+        added = pool.add([Item(key="new", image=copies(3)[0])])
+        assert added.drops == ()
+    with Store.open(path) as store:
+        assert len(store.column("image_hash")) == len(batch) - 4 + 1
+
+
+def test_a_decision_taken_back_finds_the_copies_that_came_meanwhile(batch: list[Item]) -> None:
+    pool = Growth(encoder="pixels", clean=STRICT)
+    pool.add(batch[:20])
+    first = pool.find("outlier", factor=0.0)
+    decision = type(first)(
+        reason="outlier", ids=np.array([2]), before=np.array([0]), detail="by hand"
+    )
+    pool.apply(decision)
+    assert pool.add(batch[26:29]).drops[0].detail != "item 2"
+    pool.undo(decision)
+    by_key = groups(pool)
+    mine = {by_key[name] for name in by_key if name.split()[0] == "2"}
+    assert len(mine) == 1
+    reasons = dict(zip(pool.ids.tolist(), pool.reasons.tolist(), strict=True))
+    assert sorted(reasons[i] for i in [2, 20, 21, 22]) == [0] + [REASONS.index("near copy")] * 3
+
+
+def test_texts_and_tensors_are_not_hashed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(_items: Any) -> Any:
+        raise AssertionError
+
+    monkeypatch.setattr("sparing.pool.intake.marks", never)
+    rows = np.random.default_rng(0).random((30, 3, 40, 40)).astype(np.float32)
+    with Growth(tmp_path / "pool", encoder="pixels") as pool:
+        pool.add(rows)
+        assert pool._members._marks.size == 0
+    with Store.open(tmp_path / "pool") as store:
+        assert "image_hash" not in store.columns()
+
+
+def test_too_many_bits_are_refused() -> None:
+    with pytest.raises(RequestError, match="at most 7 bits"):
+        Cleaning(image_hash=8)
+    assert Cleaning(copies=-1).bits == -1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,23 @@ from tests.forked import script
 from tests.pool.made_sources import bomb, lines, tar
 from typer.testing import CliRunner
 
-from sparing.cli import app, pool_page
+from sparing.cli import app, pool_page, pool_pictures
+from sparing.pool.cleaning import Cleaning
 from sparing.pool.encoders import encoder
 from sparing.pool.growth import Growth
-from sparing.pool.items import Item
+from sparing.pool.items import Item, Vectors
 from sparing.pool.sources import account, ingest, open_source
 from sparing.pool.store import Store
+
+
+class Letters:
+    """How often each letter occurs in a text."""
+
+    dim, version = 27, "letters-1"
+
+    def __call__(self, items: Any) -> Vectors:
+        counted = [[(item.text or "").count(chr(97 + at)) for at in range(26)] for item in items]
+        return Vectors(main=np.array([[*row, 1] for row in counted], np.float32))
 
 
 def call(*arguments: Any) -> Result:
@@ -74,6 +86,8 @@ def test_grow_tells_what_became_of_each_item(grown: tuple[Path, Result], tmp_pat
     assert reasons["same content"] == ["a.tar:copy", *(f"{n}.png" for n in range(20, 30))]
     assert sorted(reasons["unreadable"]) == ["a.tar:big", "a.tar:hurt", "cut.png"]
     assert reasons["near copy"] in (["again.bmp"], ["a.tar:005"])
+    copy = next(row for row in rows if row["reason"] == "near copy")
+    assert "stands for it, at distance 0.0000" in copy["detail"]
     found = json.loads(call("pool", "show", store, "--json").stdout)
     assert found["stored"] == 56
     assert found["kept"] == 55
@@ -95,7 +109,50 @@ def test_the_page_shows_examples_and_runs_nothing(grown: tuple[Path, Result]):
     assert "built-in" not in page  # a dictionary's method in place of what it holds
     assert "cut.png" in page
     assert "oversized" in page
-    assert "stands for it" in page
+    assert "One group of near copies, 2 items;" in page
+    assert "0.0000 away" in page
+    assert "an epoch over what is kept takes 55 of the 70 items that arrived" in page
+
+
+def test_the_page_has_a_map_of_kept_and_dropped_items(tmp_path: Path):
+    store = tmp_path / "pool"
+    sources = shards(tmp_path)
+    assert call("grow", store, *sources, "--budget", 20).exit_code == 0
+    page = (store / "report.html").read_text()
+    drawn = page.split("What is covered")[1].split("</section>")[0]
+    assert "56 of 56 items" in drawn
+    assert [part.split("<")[0].strip() for part in drawn.split("</b>")[1:]] == [
+        "kept 20", "near copy 1", "evicted 35"
+    ]  # fmt: skip
+    paths = re.findall(r'class="(c\d) dots" d="([^"]*)"', drawn)
+    assert {style: path.count("M") for style, path in paths} == {"c1": 20, "c2": 1, "c4": 35}
+    with Store.open(store) as view:
+        rows = view.vectors().astype(np.float64)
+        alive = view.alive
+    share = np.linalg.svd(rows - rows.mean(0), compute_uv=False) ** 2
+    assert f"the first direction, {share[0] / share.sum():.0%} of the variance" in drawn
+    # the dots lie as the plainest projection has them, up to its sign
+    _, _, axes = np.linalg.svd(rows - rows.mean(0), full_matrices=False)
+    first = rows[alive] @ axes[0]
+    shown = [float(x) for x in re.findall(r"M([\d.]+) ", dict(paths)["c1"])]
+    assert abs(np.corrcoef(first, shown)[0, 1]) > 0.999
+
+
+def test_groups_of_copies_are_shown_from_the_largest_to_the_smallest(tmp_path: Path):
+    texts = [f"{name * 60} word{dot}" for name in "az" for dot in (".", "!", "?")]
+    texts += [f"story of {name * 20}" for name in "klmn"]
+    with Growth(tmp_path / "pool", encoder=Letters(), clean=Cleaning(copies=0.01)) as growth:
+        growth.add([Item(key=str(at), text=text) for at, text in enumerate(texts)])
+        growth.forget([int(growth._members.groups.representatives([0])[0])])
+        growth.snapshot()
+    with Store.open(tmp_path / "pool") as view:
+        page = pool_page.write(view, tmp_path / "pool", account.summary(view))
+        words, groups = pool_pictures.copies(view)
+    assert words.startswith("2 groups of near copies, 5 items;")
+    assert [len(group) for group in groups] == [3, 2]
+    assert all("away" in told for group in groups for _, told in group[1:])
+    assert page is not None
+    assert "zzz word" in page.read_text().split("Copies that were found")[1]
 
 
 def test_what_is_hostile_is_escaped_in_the_page(tmp_path: Path):
@@ -127,6 +184,30 @@ def test_the_same_command_again_reads_nothing(grown: tuple[Path, Result], tmp_pa
     assert "--reread" in changed.stderr
     again = json.loads(call("grow", store, *sources, "--json", "--reread").stdout)
     assert (again["now"]["stored"], again["stored"]) == (1, 58)
+
+
+def test_image_hashes_find_what_a_strict_threshold_does_not(tmp_path: Path):
+    place = tmp_path / "images"
+    place.mkdir()
+    for number in range(6):
+        coarse = np.random.default_rng(number).integers(0, 255, (7, 7, 3), np.uint8)
+        scene = Image.fromarray(coarse).resize((96, 96), Image.Resampling.BICUBIC)
+        scene.save(place / f"{number}.png")
+        scene.resize((64, 64)).save(place / f"{number}.jpg", quality=80)
+    usual = ("--threshold", "0.000001", "--drops", tmp_path / "drops.jsonl", "--json")
+    found = json.loads(call("grow", tmp_path / "pool", place, *usual).stdout)
+    assert (found["kept"], found["dropped"]) == (6, {"near copy": 6})
+    rows = [json.loads(line) for line in (tmp_path / "drops.jsonl").read_text().splitlines()]
+    assert all("of 64 bits of their image hashes differ" in row["detail"] for row in rows)
+    without = json.loads(
+        call("grow", tmp_path / "other", place, *usual, "--image-hash", "-1").stdout
+    )
+    assert without["kept"] == 12
+    again = json.loads(call("grow", tmp_path / "pool", place, "--json").stdout)
+    assert again["kept"] == 6
+    wrong = call("grow", tmp_path / "pool", place, "--image-hash", "9")
+    assert wrong.exit_code == 2
+    assert "at most 7 bits" in wrong.stderr
 
 
 def test_a_budget_is_kept(tmp_path: Path):
@@ -267,7 +348,7 @@ def test_texts_and_their_page(tmp_path: Path):
     assert "caption is empty" in why["empty"]["detail"]
     copies = [row for row in why.values() if row["reason"] == "near copy"]
     assert len(copies) == told["dropped"]["near copy"] >= 1
-    assert all(row["detail"].endswith("stands for it") for row in copies)
+    assert all("stands for it, at distance" in row["detail"] for row in copies)
     page = (store / "report.html").read_text()
     assert "&lt;i&gt;words" in page
     assert "<i>words" not in page

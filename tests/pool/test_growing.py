@@ -19,6 +19,7 @@ from sparing.pool.items import REASONS
 from sparing.pool.training import growing, reading
 from sparing.pool.training.method import GrowthSelection
 from sparing.pool.training.options import GrowthOptions
+from sparing.samples.gains import probabilities
 
 NEAR, SAME, DOUBTED = (REASONS.index(r) for r in ("near copy", "same content", "label issue"))
 UNCLEAN = {"duplicates": 0.0, "label_issues": False}
@@ -184,10 +185,21 @@ def test_proportional_draws_anew_among_clean_samples_only():
     assert [len(plan) for plan in plans] == [60] * 3
     assert len({tuple(sorted(plan.tolist())) for plan in plans}) == 3
     assert np.isin(torch.cat(plans).numpy(), made.grown.clean).all()
-    phases = method(sampling="two-phase", duplicates=0.05)
+
+
+def test_two_phases_are_as_long_as_the_gains_make_them_and_take_no_share():
+    phases = method(keep=1.0, sampling="two-phase", duplicates=0.05)
     plans = [phases.order(Clock(epoch=epoch)).index.numpy() for epoch in (1, 2)]
     gains = phases.grown.gains
     assert gains[plans[0]].mean() > gains[plans[1]].mean()
+    chance = probabilities(gains[phases.grown.clean])
+    assert len(plans[0]) == pytest.approx(chance.sum(), abs=1)
+    assert len(plans[1]) == pytest.approx(np.maximum(1 - chance, 0.1).sum(), abs=1)
+    with pytest.raises(RequestError, match=r"has no share to keep; got keep 0\.25"):
+        GrowthOptions(sampling="two-phase")
+    # chance takes as many samples in each epoch
+    instead = GrowthSelection.at_random(phases.to_dict(), phases.signals())
+    assert instead == {"random-samples": {"lengths": phases.lengths()}}
 
 
 def test_chance_at_the_same_cost_takes_as_many_and_cleans_nothing():

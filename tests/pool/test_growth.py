@@ -392,6 +392,7 @@ def test_a_batch_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: Any) -> 
         (lambda: grown(data(3)).add(torch.ones(1, 5)), r"expected \(1, 12\)"),
         (lambda: grown(data(3)).sample(4), "cannot choose"),
         (lambda: grown(data(3)).sampler("two_phase"), 'did you mean "two-phase"'),  # type: ignore[arg-type]
+        (lambda: grown(data(9)).sampler("two-phase", share=0.5), "take no share"),
         (lambda: grown(data(3)).forget([7]), "no item 7"),
         (lambda: Growth(encoder=same).sample(1), "the pool is empty"),
         (lambda: Growth(encoder=same).snapshot(), "the pool is empty"),

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from sparing.cli import catalogue, compare, convert, grow, pool, runs
+from sparing.cli import catalogue, compare, convert, grow, pool, pool_find, runs
 from sparing.cli.common import app
 
-__all__ = ["app", "catalogue", "compare", "convert", "grow", "main", "pool", "runs"]
+__all__ = ["app", "catalogue", "compare", "convert", "grow", "main", "pool", "pool_find", "runs"]
 
 
 def main() -> None:

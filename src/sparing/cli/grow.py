@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
@@ -24,6 +24,7 @@ _USUAL: Final[dict[str, Any]] = {
     "k": 4,
     "published": False,
     "threshold": 0.02,
+    "image_hash": 4,
     "misaligned": 0.01,
     "seed": 0,
 }
@@ -57,6 +58,14 @@ def grow(
     threshold: Annotated[
         float | None,
         typer.Option(help="Cosine distance up to which items are near copies; -1 for none."),
+    ] = None,
+    image_hash: Annotated[
+        int | None,
+        typer.Option(
+            metavar="BITS",
+            help="Image files are near copies too where so many bits of their perceptual hashes "
+            "differ at most; -1 for not.",
+        ),
     ] = None,
     misaligned: Annotated[
         float | None,
@@ -125,11 +134,12 @@ def grow(
             "k": k,
             "published": published,
             "threshold": threshold,
+            "image_hash": image_hash,
             "misaligned": misaligned,
             "seed": seed,
         }
-        options = _options(store, given)
-        with _growth(store, options) as growth, progress(quiet) as note:
+        options = remembered(store, given)
+        with pool_of(store, options) as growth, progress(quiet) as note:
 
             def moved(source: Source, done: int, found: Ingested) -> None:
                 words = f"{found.stored:,} stored, {sum(found.dropped.values()):,} dropped"
@@ -201,11 +211,16 @@ def words(told_: dict[str, Any]) -> list[str]:
     return [*lines, ""]
 
 
-def _growth(store: Path, options: dict[str, Any]) -> Growth:
+def pool_of(store: Path, options: dict[str, Any]) -> Growth:
+    """The pool with the options of ``remembered``."""
     from sparing.pool.cleaning import Cleaning
     from sparing.pool.growth import Growth
 
-    clean = Cleaning(copies=options["threshold"], misaligned=options["misaligned"])
+    clean = Cleaning(
+        copies=options["threshold"],
+        image_hash=options["image_hash"],
+        misaligned=options["misaligned"],
+    )
     return Growth(
         store,
         encoder=options["encoder"],
@@ -235,8 +250,9 @@ def _check_places(store: Path, sources: list[Path]) -> None:
             raise RequestError(f"the source {path} lies in the pool {store}; give another place")
 
 
-def _options(store: Path, given: dict[str, Any]) -> dict[str, Any]:
+def remembered(store: Path, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """What is given, else what the pool was grown with before, else the usual."""
+    given = dict.fromkeys(_USUAL) if given is None else given
     known: dict[str, Any] = {}
     if (store / OPTIONS).is_file():
         try:
@@ -250,7 +266,7 @@ def _options(store: Path, given: dict[str, Any]) -> dict[str, Any]:
             raise RunError(
                 f"{store / OPTIONS} is damaged ({error}); delete it, and give the options again"
             ) from error
-    options = {
+    options: dict[str, Any] = {
         name: given[name] if given[name] is not None else known.get(name, usual)
         for name, usual in _USUAL.items()
     }

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from sparing.cli.pool_pictures import copies, coverage
 from sparing.core.errors import RequestError
 from sparing.core.state import atomic_write_text
 from sparing.pool.items import REASONS, Item
-from sparing.pool.sources.account import GAIN, GROUP
+from sparing.pool.sources.account import GAIN
 
 if TYPE_CHECKING:
     from sparing.pool.store.view import Reading as AnyView
@@ -49,6 +50,7 @@ def collected(view: AnyView, store: Path, summary: dict[str, Any]) -> dict[str, 
     """What the page shows. Pictures are small PNGs drawn anew, never the files' own bytes."""
     counts = {"kept": summary["kept"], **summary["dropped"]}
     whole = max(sum(counts.values()), 1)
+    words, groups = copies(view)
     highest = max((t["gain"] or 0.0 for t in summary["tenths"]), default=0.0) or 1.0
     return {
         "title": f"Pool {store.resolve().name}",
@@ -58,6 +60,11 @@ def collected(view: AnyView, store: Path, summary: dict[str, Any]) -> dict[str, 
         "share": f"{summary['kept'] / max(summary['stored'], 1):.0%}",
         "encoder": summary["encoder"],
         "twice": summary["same_key_other_content"],
+        "arrived": f"{whole:,}",
+        "of_arrived": f"{summary['kept'] / whole:.1%}",
+        "map": coverage(view),
+        "copies": words,
+        "copy_groups": [entry for group in groups if (entry := _group(view, group))],
         "reasons": [
             {
                 "name": name,
@@ -68,7 +75,9 @@ def collected(view: AnyView, store: Path, summary: dict[str, Any]) -> dict[str, 
             }
             for name, n in counts.items()
         ],
-        "groups": [group for name in counts if (group := _examples(view, name))],
+        "groups": [
+            group for name in counts if name != "near copy" and (group := _examples(view, name))
+        ],
         "listed": _listed(view),
         "tenths": [
             {
@@ -85,7 +94,7 @@ def collected(view: AnyView, store: Path, summary: dict[str, Any]) -> dict[str, 
 
 
 def _examples(view: AnyView, reason: str) -> dict[str, Any] | None:
-    """Some stored items of one reason, evenly over their arrival; copies with what stands."""
+    """Some stored items of one reason, evenly over their arrival."""
     ids, reasons = view.ids(), view.column("reason")
     places = np.flatnonzero(reasons == REASONS.index(reason))
     if not places.size:
@@ -93,22 +102,30 @@ def _examples(view: AnyView, reason: str) -> dict[str, Any] | None:
     places = places[np.linspace(0, places.size - 1, min(places.size, _EXAMPLES)).astype(int)]
     shown = [int(i) for i in ids[places]]
     captions = [""] * len(shown)
-    if reason == "near copy" and GROUP in view.columns():
-        stands = view.column(GROUP)[places].tolist()
-        pairs = [(a, b) for a, b in zip(shown, stands, strict=True) if a != b][: _EXAMPLES // 2]
-        shown = [i for pair in pairs for i in pair]
-        captions = ["copy", "stands for it"] * len(pairs)
-    elif reason == "kept" and view.versions(GAIN):
+    if reason == "kept" and view.versions(GAIN):
         captions = [
             "" if np.isnan(gain) else f"gain {gain:.3f}" for gain in view.scores(GAIN)[places]
         ]
-    if not shown:
-        return None
-    items = view.items(shown)
-    entries = [_entry(item, words) for item, words in zip(items, captions, strict=True)]
-    pictured = entries[0]["image"] is not None
-    entries = [entry for entry in entries if (entry["image"] is not None) == pictured]
+    entries = _entries(view, list(zip(shown, captions, strict=True)))
     return {"title": f"{reason}: {_MEANING[reason]}", "items": entries}
+
+
+def _group(view: AnyView, members: list[tuple[int, str]]) -> dict[str, Any] | None:
+    """A group of near copies, unless what stood for it was forgotten."""
+    if not np.isin([number for number, _ in members], view.ids()).all():
+        return None
+    return {
+        "title": members[0][1],
+        "items": _entries(view, [(members[0][0], "stands"), *members[1:]]),
+    }
+
+
+def _entries(view: AnyView, shown: list[tuple[int, str]]) -> list[dict[str, Any]]:
+    """Items and words about each, all with pictures or all without, as the first."""
+    items = view.items([number for number, _ in shown])
+    entries = [_entry(item, words) for item, (_, words) in zip(items, shown, strict=True)]
+    pictured = entries[0]["image"] is not None
+    return [entry for entry in entries if (entry["image"] is not None) == pictured]
 
 
 def _entry(item: Item, words: str) -> dict[str, Any]:

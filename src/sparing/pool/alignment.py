@@ -124,7 +124,7 @@ class Alignment:
         self._main: NDArray[np.float32] | None = None
         self._second: NDArray[np.float32] | None = None
         self._calibrated_at = 0
-        self.calibration = _silent(0, "no pairs were seen yet")
+        self.calibration = _silent(0, f"fewer than {LEAST} pairs were seen")
 
     def observe_(self, vectors: Vectors) -> Calibration:
         """Take in a batch of pairs; the threshold is made anew whenever a quarter more was seen."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -70,12 +70,14 @@ def decide(
     detail: str,
     scores: NDArray[np.floating[Any]],
     words: str,
+    told: Mapping[str, NDArray[Any]] | None = None,
     others: NDArray[np.int64] | None = None,
     examples: int = 12,
 ) -> Decision:
     """The decision on ``ids[mask]`` that are kept now; examples are spread over their scores.
 
-    words: of an example, with its score as ``{score:.3f}``. From the highest score to the lowest at
+    words: of an example, with its score as ``{score:.3f}``, and what ``told`` has of each item by
+    its name. From the highest score to the lowest at
     even steps: the plainest cases alone would make any rule look right.
     """
     hit = np.flatnonzero(np.asarray(mask) & (np.asarray(before) == 0))
@@ -90,7 +92,9 @@ def decide(
         examples=tuple(
             Example(
                 id=int(ids[at]),
-                detail=words.format(score=float(scores[at])),
+                detail=words.format(
+                    score=float(scores[at]), **{name: v[at] for name, v in (told or {}).items()}
+                ),
                 other=-1 if others is None else int(others[at]),
             )
             for at in shown

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sparing.core.checks import require_whole
 from sparing.core.errors import RequestError, unknown
-from sparing.pool import judging, resuming
+from sparing.pool import judging, recaptioning, resuming
 from sparing.pool.account import account
 from sparing.pool.batch import as_items
 from sparing.pool.choice import Chosen, choose, generator, in_rounds
@@ -24,10 +24,12 @@ from sparing.pool.coverage import staying
 from sparing.pool.decisions import Decision
 from sparing.pool.encoders import Encoder, encode
 from sparing.pool.encoders import encoder as encoder_of
-from sparing.pool.intake import NEAR_COPY, Intake, regroup
-from sparing.pool.items import REASONS, Added, Drop, Item, Vectors
+from sparing.pool.intake import KEPT, NEAR_COPY, Intake, regroup
+from sparing.pool.items import IMAGE_HASH, REASONS, Added, Drop, Item, Vectors
 from sparing.pool.members import COPY, STANDS, Members
 from sparing.pool.memory import MemoryStore
+from sparing.pool.recaption import Recaptions
+from sparing.pool.recaptioning import Captioner
 from sparing.pool.store import Store
 from sparing.samples.gains import ByGain, GainProportional, TwoPhase
 
@@ -84,6 +86,7 @@ class Growth:
         self._written: NDArray[np.float32] = np.empty(0, np.float32)
         self._early: list[Drop] = []
         self._draws = 0
+        self._queue: Recaptions | None = None
         if self.path is not None and self.path.exists() and any(self.path.iterdir()):
             self._store = Store.open(self.path, write=True)
             try:
@@ -130,13 +133,20 @@ class Growth:
             members = self._members
             if self._early or left_out:
                 store.note_drops(source, [*self._early, *left_out], cursor)
-            added = store.append(taken, made.vectors, source=source, cursor=cursor)
+            marks = self._intake.marks(taken)
+            columns = None if marks is None else {IMAGE_HASH: marks}
+            added = store.append(taken, made.vectors, source=source, cursor=cursor, columns=columns)
             ids[made.rows] = added.ids
             new = np.flatnonzero(added.ids >= 0)
             second = None if made.vectors.second is None else made.vectors.second[new]
             vectors = Vectors(main=made.vectors.main[new], second=second)
             told = self._intake.take(
-                store, members, added.ids[new], [taken[i] for i in new], vectors
+                store,
+                members,
+                added.ids[new],
+                [taken[i] for i in new],
+                vectors,
+                None if marks is None else marks[new],
             )
         self._early = []
         return Added(ids=ids, drops=(*left_out, *added.drops, *told))
@@ -145,7 +155,12 @@ class Growth:
 
     @property
     def _settings(self) -> dict[str, Any]:
-        return {"k": self.k, "published": self.published, "copies": self.clean.copies}
+        return {
+            "k": self.k,
+            "published": self.published,
+            "copies": self.clean.copies,
+            "bits": self.clean.bits,
+        }
 
     def _create(self, vectors: Vectors) -> None:
         dim, second = vectors.main.shape[1], vectors.second is not None
@@ -174,6 +189,7 @@ class Growth:
                 read=store.vectors,
                 details=lambda ids: self._intake.details(store, ids),
                 limit=self.clean.copies,
+                bits=self.clean.bits,
                 kind=self.index,
                 second=store.settings["second"],
                 k=self.k,
@@ -206,6 +222,9 @@ class Growth:
 
     def close(self) -> None:
         """Save what makes opening quick, and let others write."""
+        if self._queue is not None:
+            self._queue.close()
+            self._queue = None
         if self._store is not None:
             if self.path is not None and self._known is not None:
                 resuming.save(self.path, self._known, self._settings)
@@ -286,10 +305,16 @@ class Growth:
     ) -> ByGain:
         """A torch Sampler of epochs by gain; it gives positions in ``kept()``.
 
-        options: those of ``sparing.GainProportional`` or ``sparing.TwoPhase``.
+        options: those of ``sparing.GainProportional``, ``share=`` for one, or ``sparing.TwoPhase``,
+        whose epochs are as long as the gains make them.
         """
         if policy not in POLICIES:
             raise unknown("policy", policy, POLICIES)
+        if policy == "two-phase" and {"share", "keep"} & options.keys():
+            raise RequestError(
+                "two-phase epochs are as long as the gains make them, and take no share; leave it "
+                'out, or draw by "proportional"'
+            )
         gains = self.gains()
         gains = gains[~np.isnan(gains)]
         if not gains.size:
@@ -317,23 +342,40 @@ class Growth:
         return out
 
     def _drop(self, ids: Ids, reason: str, note: str) -> None:
-        if ids.size:
-            code = np.full(ids.size, REASONS.index(reason), np.int8)
-            with self._changing(note) as store:
-                store.set_column("reason", ids, code, note=note)
-                self._members.leave_(ids)
+        self._decide(ids, np.full(ids.size, REASONS.index(reason)), note)
+
+    def _decide(self, ids: Ids, reasons: NDArray[Any], note: str) -> None:
+        """Give items (n,) these reasons (n,); those that come in may turn out to be copies."""
+        if not ids.size:
+            return
+        comes = np.isin(reasons, (KEPT, NEAR_COPY))
+        with self._changing(note) as store:
+            members = self._members
+            members.leave_(ids[~comes])
+            changed = members.back_(ids[comes])
+            copy = members.role[members.main.places(ids)] == COPY
+            told = np.where(comes, np.where(copy, NEAR_COPY, KEPT), reasons).astype(np.int8)
+            store.set_column("reason", ids, told, note=note)
+            regroup(store, changed)
 
     def forget(self, ids: Any) -> None:
-        """Take items away from everywhere: payload, vectors, neighbours, scores, snapshots."""
+        """Take items away from everywhere: payload, vectors, neighbours, scores, snapshots.
+
+        What was made of them by a new text goes with them.
+        """
         store = self._opened()
         given = np.unique(np.asarray(ids, np.int64))
-        items = store.items(given)  # an unknown id is an error before anything is done
+        store.items(given)  # an unknown id is an error before anything is done
+        given = recaptioning.made_of(store, given)
+        items = store.items(given)
         members = self._members
         if self.path is not None:
             resuming.discard(self.path)
         cached = getattr(self.encoder, "forget_items", None)
         if cached is not None:
             cached(items)
+        if self._queue is not None or (self.path and (self.path / recaptioning.FILE).is_file()):
+            self.recaptions.forget(given.tolist())
         try:
             changed = members.forget_(given)
             store.forget(given)
@@ -381,15 +423,51 @@ class Growth:
         store = self._opened()
         known = np.isin(decision.ids, self.ids)  # others were forgotten
         held = replace(decision, ids=decision.ids[known], before=decision.before[known])
-        ids, before = held.undone(self.reasons[np.searchsorted(self.ids, held.ids)])
-        if ids.size:
-            with self._changing("undo") as store:
-                members = self._members
-                members.back_(ids)
-                # a better copy may have come meanwhile
-                copy = members.role[members.main.places(ids)] == COPY
-                reason = np.where(copy, NEAR_COPY, before).astype(np.int8)
-                store.set_column("reason", ids, reason, note="taken back")
+        ids, before = held.undone(self.reasons[np.searchsorted(store.ids(), held.ids)])
+        self._decide(ids, before, "taken back")
+
+    @property
+    def recaptions(self) -> Recaptions:
+        """The queue of misaligned pairs that wait for a better text; all of them are in it.
+
+        With a path it is a file, ``recaptions.sqlite``, that captioners in other processes may
+        open; the texts that they offer are judged by the next ``recaption``.
+        """
+        store = self._opened()
+        if self._queue is None:
+            path = None if self.path is None else self.path / recaptioning.FILE
+            self._queue = Recaptions(path)
+        self._queue.put(recaptioning.waiting(store).tolist())
+        return self._queue
+
+    def recaption(
+        self, captioner: Captioner | None = None, *, batch: int = 64, limit: int | None = None
+    ) -> Decision:
+        """Let misaligned pairs in with new texts that reach the threshold where the old do not.
+
+        captioner: a list of images (``PIL.Image`` in RGB, or the items' tensors) to as many texts,
+        None where it has none; called with ``batch`` images until nobody waits, or ``limit`` were
+        asked for. Without one the texts that others offered are judged. What was done is durable
+        after each batch, and the next call goes on from there.
+
+        A text that is taken makes a new item; the old one stays in the store as it was. ``undo``
+        of the decision takes the new ones out.
+        """
+        require_whole("batch", batch, 1)
+        queue = self.recaptions
+        _ = self._members  # which calibrates the threshold
+        threshold = self._intake.threshold
+
+        def take(ids: Ids, texts: list[str]) -> recaptioning.Taken:
+            with self._changing(recaptioning.NOTE) as store:
+                return recaptioning.take(
+                    store, self._members, self._intake, self.encoder, ids, texts
+                )
+
+        if limit is not None:
+            require_whole("limit", limit, 0)
+        new, examples = recaptioning.work(queue, self._store, captioner, take, batch, limit)
+        return recaptioning.decision(self._store, new, examples, threshold)
 
     def report(self) -> dict[str, Any]:
         """Items stored, kept, dropped by reason; copies by group; mean gain by tenth of arrival."""

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from sparing.core.errors import RequestError
 from sparing.pool.alignment import Alignment
 from sparing.pool.batch import quality
 from sparing.pool.cleaning import Cleaning
 from sparing.pool.copies.growing import Changed
+from sparing.pool.copies.hashes import Marks
+from sparing.pool.copies.images import marks
 from sparing.pool.items import REASONS, Drop, Item, Vectors
 from sparing.pool.members import Members
 from sparing.pool.store import content_hash
@@ -39,17 +43,47 @@ class Intake:
             self._alignment.observe_(vectors)
             self._alignment.seen = store.size
 
+    @property
+    def threshold(self) -> float:
+        """The least cosine of a pair that is kept. Raises RequestError where none is known."""
+        found = self._alignment.calibration
+        if not np.isfinite(found.threshold):
+            raise RequestError(
+                f"texts cannot be judged: {found.detail}; a pool of pairs, with "
+                "Cleaning(misaligned=) above 0, calibrates it as pairs arrive"
+            )
+        return found.threshold
+
+    def marks(self, items: Sequence[Item]) -> Marks | None:
+        """The perceptual hashes of items, (n,), or None where none has a file of an image."""
+        if self.clean.bits < 0 or all(item.image is None for item in items):
+            return None
+        return marks(items)
+
     def take(
-        self, store: Any, members: Members, ids: Ids, items: list[Item], vectors: Vectors
+        self,
+        store: Any,
+        members: Members,
+        ids: Ids,
+        items: list[Item],
+        vectors: Vectors,
+        marks: Marks | None = None,
+        *,
+        judged: bool = False,
     ) -> list[Drop]:
-        """Let new items in; tells which of them are not in the choice."""
+        """Let new items in; tells which of them are not in the choice.
+
+        marks: see ``marks``. judged: it is known that image and text belong together.
+        """
         wrong = np.zeros(ids.size, bool)
-        if vectors.second is not None and self.clean.misaligned and ids.size:
+        if vectors.second is not None and self.clean.misaligned and ids.size and not judged:
             self._alignment.observe_(vectors)
             wrong = self._alignment.misaligned(vectors)
         self._batch = dict(zip(ids.tolist(), items, strict=True))
         try:
-            changed = members.add_(ids, vectors, ~wrong)
+            changed = members.add_(ids, vectors, ~wrong, marks)
+            copies = np.flatnonzero((changed.now != changed.ids) & np.isin(changed.ids, ids))
+            hashed = members.by_hash(changed.ids[copies], changed.now[copies])
         finally:
             self._batch = {}
         if wrong.any():
@@ -60,10 +94,11 @@ class Intake:
             int(ids[at]): Drop(key=items[at].key, reason="misaligned")
             for at in np.flatnonzero(wrong).tolist()
         }
-        for i, stands in zip(changed.ids.tolist(), changed.now.tolist(), strict=True):
-            if stands != i and i >= ids[0]:
-                item = items[i - int(ids[0])]
-                told[i] = Drop(key=item.key, reason="near copy", detail=f"item {stands}")
+        for at, by_hash in zip(copies.tolist(), hashed.tolist(), strict=True):
+            i = int(changed.ids[at])
+            detail = f"item {changed.now[at]}" + (", by its perceptual hash" if by_hash else "")
+            key = items[i - int(ids[0])].key
+            told[i] = Drop(key=key, reason="near copy", detail=detail)
         return [told[i] for i in sorted(told)]
 
     def details(self, store: Any, ids: Ids) -> tuple[Any, Any]:

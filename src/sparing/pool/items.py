@@ -13,6 +13,8 @@ from sparing.core.errors import RequestError
 
 KINDS: Final = ("image", "text", "image-text", "tensor")
 UNLABELLED: Final = -1
+IMAGE_HASH: Final = "image_hash"
+"""The column with perceptual hashes of images, 0 for none."""
 
 REASONS: Final[tuple[str, ...]] = (
     "kept",

@@ -46,7 +46,8 @@ def _labels(store: Any, members: Members, *, rule: str = "prune_by_noise_rate") 
         found.issues & here,
         detail=found.detail or f"confident learning from {table.keep} neighbours, {rule}",
         scores=1 - np.nan_to_num(found.quality, nan=1.0),
-        words="the given label has probability 1 - {score:.3f}",
+        words="label {given} has probability 1 - {score:.3f}, and {likelier} is likelier",
+        told={"given": labels, "likelier": found.likelier},
     )
 
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from sparing.pool.copies.greedy import Near, Traits
 from sparing.pool.copies.groups import pairs, pairs_of_lists
 from sparing.pool.copies.growing import Changed, Groups
+from sparing.pool.copies.hashes import Hashes, Marks
 from sparing.pool.items import Vectors
 from sparing.pool.neighbourhood import BLOCK, Discount, Ids, Neighbourhood, Rows
 from sparing.pool.neighbours import Joined, Pairs, among, neighbours
@@ -26,7 +27,7 @@ class Members:
     """The items of a pool by role. Only those that stand for a group are neighbours.
 
     read: (ids, "main" | "second") -> vectors of stored items. details: see ``Groups``. limit: the
-    distance up to which items are near copies; below 0 there are none.
+    distance up to which items are near copies; below 0 there are none. bits: see ``Near``.
     """
 
     def __init__(
@@ -36,15 +37,19 @@ class Members:
         read: Callable[[Ids, str], Rows],
         details: Callable[[Ids], tuple[Any, Any]],
         limit: float,
+        bits: int = -1,
         kind: str = "auto",
         second: bool = False,
         **options: Any,
     ) -> None:
-        self._read, self.limit = read, limit
+        self._read, self.limit, self.bits = read, limit, bits
         self.main = Neighbourhood(neighbours(dim, kind), **options)
         self.second = Neighbourhood(neighbours(dim, kind), **options) if second else None
         self.copies = neighbours(dim, kind)
-        self.groups = Groups(details, traits=self._traits, near=Near(limit=max(limit, 0.0)))
+        near = Near(limit=max(limit, 0.0), bits=bits)
+        self.groups = Groups(details, traits=self._traits, near=near)
+        self._hashes = Hashes(max(bits, 0))  # of those in the choice
+        self._marks: Marks = np.empty(0, np.uint64)  # by place; none at all without images
         self._role = np.empty(0, np.uint8)
         self._coming: tuple[Ids, Vectors] = (
             np.empty(0, np.int64),
@@ -85,11 +90,22 @@ class Members:
 
     # ---- items come and go -------------------------------------------------------------------
 
-    def add_(self, ids: Ids, vectors: Vectors, wanted: NDArray[np.bool_]) -> Changed:
+    def add_(
+        self,
+        ids: Ids,
+        vectors: Vectors,
+        wanted: NDArray[np.bool_],
+        marks: Marks | None = None,
+    ) -> Changed:
         """Items with ids above all others; those not ``wanted``, (n,), get a place only.
 
-        Tells whose representative changed: of the new ones those that are copies.
+        marks: (n,) perceptual hashes, 0 for none. Tells whose representative changed: of the new
+        ones those that are copies.
         """
+        if marks is not None or self._marks.size:
+            none = np.zeros(self._role.size - self._marks.size, np.uint64)
+            new = np.zeros(ids.size, np.uint64) if marks is None else marks
+            self._marks = np.concatenate([self._marks, none, new])
         parts = []
         for at in range(0, ids.size, BLOCK):
             block = slice(at, at + BLOCK)
@@ -108,6 +124,8 @@ class Members:
         vectors = self._vectors(ids, "main")
         found = self.main.look(vectors)
         changed, new = _NOTHING, np.ones(ids.size, bool)
+        if self._marks.size:
+            self._hashes.add(ids, self._of(ids))
         if self.limit >= 0:
             near = self._pairs(ids, vectors, found)
             changed = self.groups.add(near) if len(near) else _NOTHING
@@ -142,9 +160,15 @@ class Members:
         if len(self.copies):
             lists.append(self.copies.query(vectors, LISTED))
         distances = np.concatenate([one[0] for one in lists], 1)
-        return pairs_of_lists(
+        listed = pairs_of_lists(
             ids, distances, np.concatenate([one[1] for one in lists], 1), self.limit
         )
+        if not len(self._hashes):
+            return listed
+        rows, others = self._hashes.near(self._of(ids))
+        one = np.concatenate([listed.first, ids[rows]])
+        two = np.concatenate([listed.second, others])
+        return pairs(one, two, np.zeros(one.size))
 
     def leave_(self, ids: Ids) -> None:
         """Items are out of the choice: those that stand for a group, and copies too.
@@ -152,18 +176,21 @@ class Members:
         Copies of one that is out stay copies: they would only take its place.
         """
         role = self._roles(ids)
+        self._hashes.remove(ids)
         self._leave(ids[role == STANDS], OUT)
         copies = ids[role == COPY]
         if copies.size:
             self.copies.remove(copies)
             self._role[self.main.places(copies)] = OUT
 
-    def back_(self, ids: Ids) -> None:
-        """Items that were out are in again, as copies or for themselves."""
+    def back_(self, ids: Ids) -> Changed:
+        """Items that were out are in again, as if they came now: as copies or for themselves.
+
+        Tells whose representative changed, as ``add_``.
+        """
         ids = ids[self._roles(ids) == OUT]
-        stands = self.groups.representatives(ids) == ids
-        self._copy(ids[~stands])
-        self._enter(ids[stands])
+        parts = [self._take(ids[at : at + BLOCK]) for at in range(0, ids.size, BLOCK)]
+        return _joined(parts)
 
     def forget_(self, ids: Ids) -> Changed:
         """Items are gone; copies of theirs find others, or stand for themselves."""
@@ -174,6 +201,8 @@ class Members:
         stays[self.main.places(ids)] = False
         for near in self._both():
             near.forget_(ids)
+        if self._marks.size:
+            self._marks = self._marks[stays]
         self._role = self._role[stays]
         return changed
 
@@ -226,9 +255,28 @@ class Members:
         return out
 
     def _traits(self, ids: Ids) -> Traits:
-        return Traits(vectors=self._vectors(ids, "main"))
+        marks = self._of(ids) if self._marks.size else None
+        return Traits(vectors=self._vectors(ids, "main"), marks=marks)
+
+    def _of(self, ids: Ids) -> Marks:
+        """The perceptual hashes of items; 0 for none."""
+        found: Marks = self._marks[self.main.places(ids)]
+        return found
+
+    def by_hash(self, ids: Ids, others: Ids) -> NDArray[np.bool_]:
+        """(n,) which of these near copies, of each of ``others``, only their hashes tell of."""
+        if not self._marks.size or not ids.size:
+            return np.zeros(ids.size, bool)
+        one, two = self._vectors(ids, "main"), self._vectors(others, "main")
+        far = np.einsum("nd,nd->n", one, two) < np.float32(1 - self.limit)
+        found: NDArray[np.bool_] = far & (self._of(ids) != 0) & (self._of(others) != 0)
+        return found
 
     # ---- on the disk -------------------------------------------------------------------------
+
+    def marked_(self, marks: Marks) -> None:
+        """The perceptual hashes of all stored items, (n,), before ``align_`` takes them in."""
+        self._marks = marks if marks.any() else marks[:0]
 
     def align_(self, ids: Ids, role: NDArray[np.uint8], owner: Ids) -> Ids:
         """Bring every item to the role that it has in the store.
@@ -252,6 +300,10 @@ class Members:
             part = slice(at, at + 8 * BLOCK)
             self._copy(ids[other[part][want[part] == COPY]])
             self._enter(ids[other[part][want[part] == STANDS]])
+        if self._marks.size:
+            here = ids[role != OUT]
+            self._hashes = Hashes(self._hashes.bits)
+            self._hashes.add(here, self._of(here))
         if self.limit < 0:
             return _NONE
         inside, own = ids[other[want != OUT]], owner[other]

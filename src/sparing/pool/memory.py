@@ -10,12 +10,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sparing.core.errors import RequestError
-from sparing.pool.items import UNLABELLED, Added, Drop, Item, Vectors
+from sparing.pool.items import IMAGE_HASH, UNLABELLED, Added, Drop, Item, Vectors
 from sparing.pool.store import content_hash
 
 Ids = NDArray[np.int64]
 
-EMPTY: Final[Mapping[str, Any]] = {"reason": np.int64(0), "label": np.int64(UNLABELLED)}
+EMPTY: Final[Mapping[str, Any]] = {
+    "reason": np.int64(0),
+    "label": np.int64(UNLABELLED),
+    IMAGE_HASH: np.uint64(0),
+}
 """What a column holds where nothing was said; others hold -1, or NaN where they are floating."""
 
 

@@ -74,8 +74,11 @@ class Recaptions:
             )
             return db.total_changes - before
 
-    def lease(self, count: int) -> list[Lease]:
-        """Up to ``count`` items to caption, those that wait longest first; none twice at once."""
+    def lease(self, count: int, by: str = "") -> list[Lease]:
+        """Up to ``count`` items to caption, those that wait longest first; none twice at once.
+
+        by: what their tokens begin with, for ``abandon``.
+        """
         require_whole("count", count, 1)
         now = self._clock()
         with self._db as db:
@@ -90,7 +93,7 @@ class Recaptions:
                 "ORDER BY number LIMIT ?",
                 (_WAITING, _LEASED, now, count),
             ).fetchall()
-            made = [Lease(id=i, token=uuid.uuid4().hex, attempt=n + 1) for i, n in rows]
+            made = [Lease(id=i, token=by + uuid.uuid4().hex, attempt=n + 1) for i, n in rows]
             db.executemany(
                 "UPDATE waiting SET state = ?, token = ?, until = ?, attempt = ? WHERE id = ?",
                 [(_LEASED, m.token, now + self.seconds, m.attempt, m.id) for m in made],
@@ -110,6 +113,19 @@ class Recaptions:
         """The item cannot be captioned now; it waits again, or is given up after its last try."""
         last = lease.attempt >= self.attempts
         return self._close(lease, _GIVEN_UP if last else _WAITING, None)
+
+    def abandon(self, by: str) -> int:
+        """All items that are leased ``by`` somebody wait again, as if they had not been; how many.
+
+        For one who knows that nobody works on them: after a kill, say.
+        """
+        with self._db as db:
+            done = db.execute(
+                "UPDATE waiting SET state = ?, token = NULL, attempt = attempt - 1 "
+                "WHERE state = ? AND substr(token, 1, ?) = ?",
+                (_WAITING, _LEASED, len(by), by),
+            )
+            return done.rowcount
 
     def offered(self, count: int = 256) -> tuple[NDArray[np.int64], list[str]]:
         """(ids, texts) that are to be judged, the first offered first."""

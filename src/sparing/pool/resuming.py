@@ -6,6 +6,7 @@ or lost, is made good when the pool is opened: a kill at any time loses nothing.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,6 +16,7 @@ import torch
 from sparing.core import state
 from sparing.core.errors import RequestError, RunError
 from sparing.pool.intake import KEPT, NEAR_COPY
+from sparing.pool.items import IMAGE_HASH
 from sparing.pool.members import COPY, OUT, STANDS, Members
 
 FOLDER: Final = "growth"
@@ -26,6 +28,15 @@ def save(path: Path, members: Members, settings: dict[str, Any]) -> None:
     state.save(path / FOLDER, tree, meta={"growth": 1, "settings": settings})
 
 
+def settings(path: Path) -> dict[str, Any] | None:
+    """Those that a pool was last closed with, None where nothing is saved."""
+    if not state.complete(path / FOLDER).is_dir():
+        return None
+    meta = state.read(path / FOLDER).meta
+    found = meta.get("settings") if isinstance(meta, dict) else None
+    return found if isinstance(found, dict) else None
+
+
 def discard(path: Path) -> None:
     """Take away what was saved, before items are forgotten."""
     with state.replacing(path / FOLDER):
@@ -34,6 +45,9 @@ def discard(path: Path) -> None:
 
 def resume_(members: Members, store: Any, path: Path | None, settings: dict[str, Any]) -> None:
     """Bring empty ``members`` to what the store holds, from what was saved as far as it goes."""
+    if members.bits >= 0:
+        with suppress(RequestError):  # no image ever came
+            members.marked_(store.column(IMAGE_HASH))
     if path is not None:
         _load_(members, store, path, settings)
     ids, reason = store.ids(), store.column("reason")

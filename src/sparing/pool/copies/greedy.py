@@ -9,7 +9,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sparing.core.checks import require_number, require_whole
-from sparing.core.errors import RequestError
 from sparing.pool.copies.groups import Ids, independent
 
 BLOCK: Final = 256
@@ -20,22 +19,16 @@ BLOCK: Final = 256
 class Near:
     """When two items are near copies.
 
-    limit: cosine distance at most. bits: where both items have perceptual hashes, these may differ
-    by so many of 64 bits at most too; -1 lets the distance alone decide. wide: with ``bits``, a
-    larger distance that suffices where the hashes agree.
+    limit: cosine distance at most. bits: or, where both items have perceptual hashes, so many of 64
+    bits differ at most; -1 lets the distance alone decide.
     """
 
     limit: float
     bits: int = -1
-    wide: float | None = None
 
     def __post_init__(self) -> None:
         require_number("limit", self.limit, 0.0, 2.0)
         require_whole("bits", self.bits, -1)
-        if self.wide is not None:
-            require_number("wide", self.wide, self.limit, 2.0)
-            if self.bits < 0:
-                raise RequestError("wide needs bits: how far the hashes of two items may differ")
 
     def table(self, one: Traits, two: Traits) -> NDArray[np.bool_]:
         """(n, m) which of ``one`` (n items) and ``two`` (m items) are near copies."""
@@ -43,11 +36,10 @@ class Near:
         found: NDArray[np.bool_] = cosine >= np.float32(1 - self.limit)
         if self.bits < 0 or one.marks is None or two.marks is None:
             return found
-        known = (one.marks != 0)[:, None] & (two.marks != 0)[None, :]
-        alike = np.bitwise_count(one.marks[:, None] ^ two.marks[None, :]) <= self.bits
-        found &= alike | ~known
-        if self.wide is not None:
-            found |= alike & known & (cosine >= np.float32(1 - self.wide))
+        mine, theirs = np.flatnonzero(one.marks), np.flatnonzero(two.marks)
+        if mine.size and theirs.size:
+            apart = np.bitwise_count(one.marks[mine, None] ^ two.marks[None, theirs])
+            found[np.ix_(mine, theirs)] |= apart <= self.bits
         return found
 
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
-from sparing.pool.items import REASONS
+from sparing.pool.items import IMAGE_HASH, REASONS
 
 if TYPE_CHECKING:
     from sparing.pool.store.view import Reading as AnyView
 
 GAIN: Final = "gain"  # the score with the gains
+_BLOCK: Final = 4096
 GROUP: Final = "group"  # the column with the item that stands for a group of near copies
 
 
@@ -65,10 +67,46 @@ def dropped(view: AnyView) -> Iterator[dict[str, Any]]:
         if drop.reason != "kept":
             yield {"key": drop.key, "reason": drop.reason, "detail": drop.detail}
     reasons, keys, ids = view.column("reason"), view.column("key"), view.ids()
-    group = view.column(GROUP) if GROUP in view.columns() else None
+    copies = {of.id: of.words for of in nearness(view)}
     for at in np.flatnonzero(reasons).tolist():
+        detail = copies.get(int(ids[at]), "")
         reason = REASONS[reasons[at]]
-        detail = ""
-        if reason == "near copy" and group is not None:
-            detail = f"item {group[at]} stands for it"
         yield {"key": str(keys[at]), "reason": reason, "detail": detail, "id": int(ids[at])}
+
+
+class Nearness(NamedTuple):
+    """A near copy: its id, that of the item that stands for it, the cosine distance of the two, and
+    by how many of 64 bits their image hashes differ, -1 where one has none.
+    """
+
+    id: int
+    stands: int
+    distance: float
+    bits: int
+
+    @property
+    def words(self) -> str:
+        """All of it, for a reader."""
+        said = f"item {self.stands} stands for it, at distance {self.distance:.4f}"
+        if self.bits < 0:
+            return said
+        return f"{said}, {self.bits} of 64 bits of their image hashes differ"
+
+
+def nearness(view: AnyView, among: NDArray[np.int64] | None = None) -> Iterator[Nearness]:
+    """All near copies of a store, or those of ``among``."""
+    if GROUP not in view.columns():
+        return
+    copies = view.column("reason") == REASONS.index("near copy")
+    if among is not None:
+        copies &= np.isin(view.ids(), among)
+    ids, owners = view.ids()[copies], view.column(GROUP)[copies].astype(np.int64)
+    hashed = IMAGE_HASH in view.columns()
+    marks = view.column(IMAGE_HASH) if hashed else np.zeros(view.size, np.uint64)
+    for at in range(0, ids.size, _BLOCK):
+        mine, theirs = ids[at : at + _BLOCK], owners[at : at + _BLOCK]
+        far = 1 - np.einsum("nd,nd->n", view.vectors(mine), view.vectors(theirs))
+        one, two = marks[view.positions(mine)], marks[view.positions(theirs)]
+        bits = np.where((one != 0) & (two != 0), np.bitwise_count(one ^ two).astype(int), -1)
+        told = zip(mine.tolist(), theirs.tolist(), far.clip(0).tolist(), bits.tolist(), strict=True)
+        yield from (Nearness(*row) for row in told)

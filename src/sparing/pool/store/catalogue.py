@@ -1,7 +1,7 @@
 """The catalogue: which files there are and how far each is committed, in one database.
 
 Everything that a store acknowledges becomes true by one transaction here. The statements are
-SQLAlchemy Core's and no database's own; what SQLite needs besides is behind ``_prepare_sqlite``.
+SQLAlchemy Core's and no database's own; what SQLite needs besides is in ``sqlite``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, final
 
 from sparing.core.errors import RequestError, RunError
-from sparing.pool.store import disk
+from sparing.pool.store import disk, sqlite
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection, Engine
@@ -91,19 +91,37 @@ class State:
 class Catalogue:
     """The tables, and the transactions on them."""
 
-    def __init__(self, folder: Path, *, write: bool = False) -> None:
-        """Raises RequestError if SQLAlchemy is missing, RunError if there is no store."""
+    def __init__(self, folder: Path, *, write: bool = False, url: str | None = None) -> None:
+        """url: SQLAlchemy's address of another database, such as one of PostgreSQL, in the place of
+        the folder's own file. Raises RequestError if SQLAlchemy or the database's driver is
+        missing, or for no URL.
+        """
         sa = sqlalchemy()
         self.path = folder / FILE
         self.write = write
         self.tables = _tables()
-        url = sa.URL.create("sqlite", database=str(self.path))
-        # a writer keeps one connection; readers open one for each look, so that a fork is safe
-        pool = sa.pool.StaticPool if write else sa.pool.NullPool
-        self.engine: Engine = sa.create_engine(
-            url, poolclass=pool, connect_args={"timeout": 30.0, "check_same_thread": False}
-        )
-        _prepare_sqlite(self.engine)
+        try:
+            made = sqlite.url(self.path) if url is None else sa.make_url(url)
+            own = made.get_backend_name() == sqlite.NAME
+            # a writer keeps one connection; readers open one for each look, so that a fork is safe
+            self.engine: Engine = sa.create_engine(
+                made,
+                poolclass=sa.pool.StaticPool if write else sa.pool.NullPool,
+                connect_args={"timeout": 30.0, "check_same_thread": False} if own else {},
+                # all reads of a transaction see one state; of SQLite's they do anyway
+                **({} if own else {"isolation_level": "REPEATABLE READ"}),
+            )
+        except ModuleNotFoundError as error:
+            raise RequestError(
+                f'the catalogue\'s database needs the package "{error.name}", which is not '
+                "installed; install it, or name another driver in the URL"
+            ) from error
+        except sa.exc.ArgumentError as error:
+            raise RequestError(
+                f"{url!r} is no address of a database ({error}); expected one like "
+                '"postgresql+psycopg://user@host/name"'
+            ) from error
+        sqlite.prepare(self.engine)
 
     def create(self, settings: Mapping[str, Any]) -> None:
         """Make the tables of an empty store."""
@@ -171,11 +189,9 @@ class Catalogue:
 
     @contextmanager
     def _failing(self) -> Iterator[None]:
-        import sqlite3
-
         try:
             yield
-        except (sqlalchemy().exc.DBAPIError, sqlite3.Error) as error:
+        except (sqlalchemy().exc.DBAPIError, sqlite.error()) as error:
             raise RunError(
                 f"the catalogue {self.path} could not be {'written' if self.write else 'read'} "
                 f"({getattr(error, 'orig', error)}); what was committed before is kept. See that "
@@ -194,41 +210,28 @@ class Catalogue:
         self.engine.dispose()
 
     def checkpoint(self) -> None:
-        """Bring what is in SQLite's journal into the database and empty the journal."""
-        self._maintain("PRAGMA wal_checkpoint(TRUNCATE)")
+        """Leave nothing of what was deleted in the database's journal."""
+        with self._failing(), self.engine.connect() as connection:
+            sqlite.checkpoint(connection)
 
     def vacuum(self) -> None:
         """Give back the space of deleted rows, where the database does not do so itself."""
-        self._maintain("VACUUM")
-
-    def _maintain(self, statement: str) -> None:
-        import sqlite3
-
         with self._failing(), self.engine.connect() as connection:
-            raw = connection.connection.driver_connection
-            if isinstance(raw, sqlite3.Connection):  # outside of any transaction
-                raw.execute(statement).fetchall()
+            sqlite.vacuum(connection)
 
     def copy(self, target: Path) -> None:
-        """A consistent copy of the database while others write."""
-        import sqlite3
-
+        """A consistent copy of the database, as a file, while others write."""
         with self._failing(), self.engine.connect() as connection:
-            source = connection.connection.driver_connection
-            assert isinstance(source, sqlite3.Connection)
-            copied = sqlite3.connect(target)
-            try:
-                source.backup(copied)
-            finally:
-                copied.close()
+            if not sqlite.copy(connection, target):
+                raise RunError(
+                    f"the catalogue of {self.path.parent} is no file ({connection.dialect.name}); "
+                    "copy it with the database's own tools"
+                )
 
     def problems(self) -> list[str]:
         """What the database itself finds damaged."""
         with self.transaction("read") as connection:
-            if connection.dialect.name != "sqlite":
-                return []
-            found = connection.exec_driver_sql("PRAGMA integrity_check").scalars().all()
-        return [f"{FILE}: {text}" for text in found if text != "ok"]
+            return [f"{FILE}: {text}" for text in sqlite.problems(connection)]
 
 
 _COUNTERS: Final = {
@@ -336,25 +339,3 @@ def _tables() -> dict[str, Any]:
     }  # fmt: skip
     Index("drop_same", tables["drop"].c.same)
     return {**tables, "metadata": meta}
-
-
-def _prepare_sqlite(engine: Engine) -> None:
-    """What SQLite needs for durable, concurrent transactions; other databases have it."""
-    from sqlalchemy import event
-
-    if engine.dialect.name != "sqlite":
-        return
-
-    def connected(connection: Any, _record: Any) -> None:
-        connection.isolation_level = None  # the driver would begin transactions when it likes
-        cursor = connection.cursor()
-        cursor.execute("PRAGMA journal_mode=WAL")
-        cursor.execute("PRAGMA synchronous=FULL")
-        cursor.execute("PRAGMA secure_delete=ON")  # what is forgotten is overwritten
-        cursor.close()
-
-    def begun(connection: Connection) -> None:
-        connection.exec_driver_sql("BEGIN")
-
-    event.listen(engine, "connect", connected)
-    event.listen(engine, "begin", begun)

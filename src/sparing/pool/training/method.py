@@ -60,6 +60,8 @@ class GrowthSelection(SampleSelection):
         """As many samples, drawn at random from all of them, copies and wrong labels too."""
         if options.get("rule") == "random":
             return None
+        if options.get("sampling") == "two-phase":
+            return super().at_random(options, signals)  # as many in each epoch
         keep = signals.get("trained_share", options.get("keep", cls.Options().keep))
         plain = {"rule": "random", "duplicates": 0.0, "label_issues": False, "keep": keep}
         return {cls.name: {**options, **plain}}

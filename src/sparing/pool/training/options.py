@@ -34,7 +34,8 @@ class GrowthOptions(SelectionOptions):
 
     keep: share of the samples that is trained on, in (0, 1]; fewer where cleaning leaves fewer.
     rule: what a sample's gain is, "expected", "published" or "random". sampling: how gains are
-    used, "static", "proportional" or "two-phase" (which does not look at ``keep``). encoder: what
+    used, "static", "proportional" or "two-phase", whose epochs are as long as the gains make them:
+    it needs ``keep`` 1. encoder: what
     makes vectors of samples, by name; "pixels" needs nothing. encoder_options: its own, such as
     {side: 96, dim: 256}. k: nearest neighbours in a gain.
     duplicates: cosine distance below which samples are copies of each other, of which one stays;
@@ -64,6 +65,12 @@ class GrowthOptions(SelectionOptions):
         ):
             if value not in known:
                 raise unknown(what, value, known)
+        if self.sampling == "two-phase" and self.keep != 1:
+            raise RequestError(
+                "two-phase sampling takes each sample with a chance that its gain decides, in turn "
+                f"with the opposite, and has no share to keep; got keep {self.keep}: set keep to "
+                '1, or sampling to "proportional"'
+            )
         require_whole("k", self.k, 1)
         require_number("duplicates", self.duplicates, 0, 2)
 
