@@ -2,7 +2,9 @@
 
 A vector is in the list of its nearest centroid, as 4-bit codes of what it differs by from it. A
 list that grows past its limit is split in two by its own vectors, so that lists follow the data
-while it grows, each split looks at one list, and nothing is ever trained on everything again.
+while it grows, each split looks at one list, and nothing is ever trained on everything again. Items
+of a list that is split may go to a list beside it: else those of one place drift apart over splits,
+and finding them needs twice as many lists.
 
 Jegou, Douze, Schmid 2011 (inverted lists over codes of residuals); Andre, Kermarrec, Le Scouarnec
 2015 (4-bit codes in registers); splitting as by Xu et al. 2023 (SPFresh). See github.com/
@@ -17,7 +19,7 @@ from typing import Any, final
 import numpy as np
 from numpy.typing import NDArray
 
-from sparing.core.errors import RequestError
+from sparing.pool.neighbours.packages import faiss
 from sparing.pool.neighbours.protocol import Floats, Ids
 
 CODES = 128
@@ -26,18 +28,8 @@ ROOM = 1 << 16
 """Lists that there can be; past it lists only grow longer."""
 TRAINED_ON = 32_768
 STEPS = 10
-
-
-def faiss() -> Any:
-    """The package. Raises RequestError, and says how to install it, where it is missing."""
-    try:
-        import faiss as found
-    except ModuleNotFoundError as error:
-        raise RequestError(
-            'inverted lists need the package "faiss", which is not installed; '
-            'run: pip install "sparing[index]"'
-        ) from error
-    return found
+BESIDE = 32
+"""Lists around one that is split into which its items may go."""
 
 
 @final
@@ -93,6 +85,7 @@ class Lists:
     def add(self, ids: Ids, vectors: Floats) -> None:
         """Ids that are not there, and their vectors (n, d)."""
         if len(ids):
+            faiss()
             self._index.add_with_ids(self._filled(vectors), np.ascontiguousarray(ids))
 
     def remove(self, ids: Ids) -> None:
@@ -102,6 +95,7 @@ class Lists:
 
     def candidates(self, queries: Floats, count: int, probes: int) -> Ids:
         """(q, count) ids in no order that matters, -1 where there are fewer."""
+        faiss()
         self._index.nprobe = min(probes, len(self.centroids))
         found: Ids = self._index.search(self._filled(queries), count)[1]
         return found
@@ -113,7 +107,7 @@ class Lists:
         return np.fromiter((inverted.list_size(i) for i in count), np.int64, len(count))
 
     def split(self, read: Callable[[Ids], Floats], most: int) -> int:
-        """Split the longest lists past the limit, at most so many; returns how many still are."""
+        """Split the longest lists past the limit, at most so many; returns how many more wait."""
         lengths = self.lengths()
         limits = np.full(len(lengths), self.limit)
         for number, length in self._stuck.items():
@@ -151,9 +145,10 @@ class Lists:
         centroids = np.concatenate([self.centroids, fresh[:, 1]])
         centroids[changed] = fresh[:, 0]
         self._set(self._filled(centroids))
-        # they go by the new centroids alone, which is a small part of all
+        # they go to the new centroids, or to one beside them
         few = f.IndexIDMap2(f.IndexFlatIP(self.wide))
-        numbers = np.concatenate([changed, added])
+        beside = self._quantizer.search(self._filled(fresh.reshape(-1, self.dim)), BESIDE)[1]
+        numbers = np.unique(np.concatenate([changed, added, beside[beside >= 0]]))
         few.add_with_ids(self._filled(centroids[numbers]), numbers)
         index.quantizer = few
         try:

@@ -69,7 +69,11 @@ class Rows:
         names, places = self._sorted or (self.at[: self.used], None)
         if not len(names):
             return np.full(len(ids), NOBODY, dtype=np.int64)
-        spot = np.minimum(np.searchsorted(names, ids), len(names) - 1)
+        first, last = int(names[0]), len(names) - 1
+        if int(names[last]) - first == last:  # none is missing: ids are places
+            spot = np.clip(ids - first, 0, last)
+        else:
+            spot = np.minimum(np.searchsorted(names, ids), last)
         found = spot if places is None else places[spot]
         return np.where((names[spot] == ids) & self.alive[found], found, NOBODY)
 
