@@ -78,10 +78,10 @@ def test_the_search_works_with_as_many_threads_as_torch() -> None:
 
 
 def test_items_of_a_list_that_is_split_go_to_the_nearest_list() -> None:
-    centres = np.random.default_rng(7).standard_normal((300, 16))
-    random = np.random.default_rng(8)
-    vectors = unit(centres[random.integers(300, size=6000)] + 0.4 * random.standard_normal((1, 16)))
-    vectors = unit(vectors + 0.1 * drawn(9, 6000))
+    centres, random = np.random.default_rng(7).standard_normal((300, 16)), np.random.default_rng(8)
+    vectors = unit(
+        centres[random.integers(300, size=6000)] + 0.7 * random.standard_normal((6000, 16))
+    )
     lists = Lists(16, 64, 0)
     lists.train(vectors[:200])
     for start in range(0, 6000, 50):
@@ -94,4 +94,28 @@ def test_items_of_a_list_that_is_split_go_to_the_nearest_list() -> None:
         mine[faiss.rev_swig_ptr(inverted.get_ids(number), length)] = number
     assert len(lists.centroids) > 100
     share = (nearest == mine).mean()
-    assert share > 0.9, share
+    assert share > 0.84, share  # .78 where they go to the two halves only
+
+
+def test_less_is_looked_at_where_recall_stays_high() -> None:
+    """Far groups of few are found in any case; how much is looked at stays within its bounds."""
+    random = np.random.default_rng(10)
+    vectors = unit(np.repeat(drawn(11, 400), 5, axis=0) + 0.02 * random.standard_normal((2000, 16)))
+    index = Inverted(16, first=300, limit=32, probes=16, candidates=64, watch=0.9)
+    index.add(np.arange(2000), vectors)
+    assert index.mend_().near >= 0.91
+    assert (index.probes, index.candidates) == (8, 32)
+    index.mend_()
+    assert (index.probes, index.candidates) == (8, 32)
+    index.mend_(limit=1.1)  # it cannot be
+    assert (index.probes, index.candidates) == (64, 256)
+    index.mend_(limit=0.9)
+    assert (index.probes, index.candidates) == (8, 32)
+    # where recall hangs on it, nothing falls
+    hard = Inverted(16, first=300, limit=32, probes=4, candidates=8, watch=0)
+    hard.add(np.arange(2000), drawn(12, 2000))
+    found = hard.mend_(limit=0)
+    assert (hard.probes, hard.candidates) == (2, 4)
+    hard.probes, hard.candidates = 4, 8
+    assert hard.mend_(limit=found.near).near >= found.near + 0.01
+    assert (hard.probes, hard.candidates) != (2, 4)

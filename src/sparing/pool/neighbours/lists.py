@@ -19,6 +19,7 @@ from typing import Any, final
 import numpy as np
 from numpy.typing import NDArray
 
+from sparing.core.errors import RequestError
 from sparing.pool.neighbours.packages import faiss
 from sparing.pool.neighbours.protocol import Floats, Ids
 
@@ -176,11 +177,27 @@ class Lists:
         held: NDArray[np.uint8] = faiss().serialize_index(self._index)
         return {"codes": held, "stuck": [list(pair) for pair in self._stuck.items()]}
 
+    def ids(self) -> Ids:
+        """(n,) all that are in lists, by list."""
+        f, inverted = faiss(), self._index.invlists
+        held = [
+            f.rev_swig_ptr(inverted.get_ids(number), length)
+            for number, length in enumerate(self.lengths().tolist())
+            if length
+        ]
+        return np.concatenate(held) if held else np.empty(0, dtype=np.int64)
+
     def restore(self, codes: NDArray[np.uint8], stuck: list[list[int]]) -> None:
-        """Take over what ``state`` gave."""
+        """Take over what ``state`` gave. Raises RequestError for lists of other sizes."""
         f = faiss()
-        self._index = f.deserialize_index(codes)
-        self._quantizer = f.downcast_index(self._index.quantizer)
+        index = f.deserialize_index(codes)
+        if (index.d, index.pq.M) != (self.wide, self.codes):
+            raise RequestError(
+                f"these lists hold {index.pq.M} codes of {index.d} entries, and {self.codes} of "
+                f"{self.wide} are expected; build the index anew"
+            )
+        self._index = index
+        self._quantizer = f.downcast_index(index.quantizer)
         count = self._quantizer.ntotal
         wide = self._quantizer.reconstruct_n(0, count).reshape(count, self.wide)
         self.centroids = np.ascontiguousarray(wide[:, : self.dim])
