@@ -53,15 +53,29 @@ def test_candidates_are_ranked_by_their_vectors(dtype: torch.dtype, error: float
     assert none.shape == (0, 20)
 
 
-@pytest.mark.parametrize("step", [1, 3], ids=["each", "every third"])
-def test_ids_are_found_where_they_are(step: int) -> None:
+@pytest.mark.parametrize("step", [1, 3, 50], ids=["each", "every third", "few"])
+@pytest.mark.parametrize("rising", [True, False])
+def test_ids_are_found_where_they_are(step: int, rising: bool) -> None:
+    """While they come and go, against a dictionary."""
     rows = Rows(16, (torch.float32,), torch.device("cpu"))
-    ids = np.arange(100, 100 + 50 * step, step)
-    rows.add(ids, drawn(4, 50))
-    rows.remove(ids[[0, 7]])
-    asked = np.arange(-5, 300)
-    want = {int(name): place for place, name in enumerate(ids) if place not in (0, 7)}
-    assert rows.find(asked).tolist() == [want.get(int(one), NOBODY) for one in asked]
+    random = np.random.default_rng(11)
+    held: list[int] = []
+    asked = np.arange(0, 1200 * step)
+    for turn in range(12):
+        ids = np.arange(turn * 80, turn * 80 + 80) * step + 100
+        if not rising:
+            random.shuffle(ids)
+        rows.add(ids, drawn(turn, 80))
+        held.extend(ids.tolist())
+        gone = random.choice(held, 30 if turn != 7 else 300, replace=False)
+        rows.remove(gone)
+        held = [one for one in held if one not in set(gone.tolist())]
+        rows.close()
+        places = rows.find(asked)
+        np.testing.assert_array_equal(np.flatnonzero(places >= 0), np.sort(held))
+        np.testing.assert_array_equal(rows.at[places[held]], held)
+        assert rows.alive[places[held]].all()
+    assert rows.find(np.array([-5, 10**12])).tolist() == [NOBODY, NOBODY]
 
 
 def test_the_search_works_with_as_many_threads_as_torch() -> None:

@@ -46,7 +46,7 @@ def of_places(queries: Floats, places: Ids, vectors: Tensor) -> Floats:
     float32 vectors take half of the time of others.
     """
     nobody = places < 0
-    known = np.maximum(places, 0) if nobody.any() else np.ascontiguousarray(places)
+    known = np.ascontiguousarray(np.maximum(places, 0), dtype=np.int64)
     if vectors.dtype == torch.float32 and len(vectors):
         out = _products(queries, known, vectors)
     else:
