@@ -84,6 +84,8 @@ class Clock:
 
 def quality(pool: Growth, data: Path | None, seed: int, count: int) -> dict[str, float]:
     """Recall of four neighbours, and how far gains are from those of an exact search."""
+    if len(pool) != count:
+        raise SystemExit(f"{count - len(pool)} vectors were there already: ids are not positions")
     near = pool._members.main
     probes = np.sort(np.random.default_rng(seed).choice(count, PROBES, replace=False))
     rows = near.index.vectors(probes)
@@ -144,7 +146,7 @@ def main() -> None:
             None, data, seed, (FIRST, FIRST + MORE, size, size + MORE)
         )
         results["found"] = quality(pool, data, seed, size + MORE)
-        results["bytes an item besides vectors, codes and payload"] = held(pool)
+        results["bytes an item besides vectors, codes with their ids, and payload"] = held(pool)
         results["index"] = effort(pool)
     else:
         folder = Path(tempfile.mkdtemp())
@@ -164,19 +166,21 @@ def main() -> None:
 
 
 def held(pool: Growth) -> dict[str, float]:
-    """Bytes an item of arrays, with their room to grow, and of the store's own tables."""
+    """Bytes an item that a pool in memory takes, with its arrays' room to grow.
+
+    The store's are its columns; its items, and what it finds equal content by, are Python objects.
+    """
     members, store = pool._members, pool._store
     near = members.main
     inner = getattr(near.index, "inner", near.index)
-    table = [near.table._who, near.table._far, near._ids, near._first, members.role]
-    index = [inner.rows.at, inner.rows.alive]
-    lists = getattr(inner, "lists", None)
-    listed = 8 * len(lists) if lists is not None else 0
-    count = store.size
-    return {
-        "neighbours and roles": round(sum(a.nbytes for a in table) / count, 1),
-        "index": round((sum(a.nbytes for a in index) + listed) / count, 1),
-    }
+    parts = {
+        "neighbours, gains and roles": [
+            near.table._who, near.table._far, near._ids, near._first, members.role
+        ],
+        "index": [inner.rows.at, inner.rows.alive],
+        "columns of the store": [store.ids(), *store._columns.values()],
+    }  # fmt: skip
+    return {k: round(sum(a.nbytes for a in v) / store.size, 1) for k, v in parts.items()}
 
 
 def effort(pool: Growth) -> dict[str, Any]:

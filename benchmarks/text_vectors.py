@@ -7,10 +7,10 @@ Sentences of AG News, GSM8K, Shakespeare and instructions from $SPARING_DATA (wh
 left out), and of the docstrings and comments of Python's own standard library. Each is taken once,
 without regard to case and spaces; ``--count`` of them are drawn by a fixed seed and encoded by
 MiniLM to 32 tokens, projected to 256 values and divided by their length: OUT.npy, (n, 256) float32,
-in the order drawn. Beside it OUT.json tells how many texts each source gave. It is written in parts
-(OUT.parts), and goes on with them where it was stopped. float32 takes some ten minutes of a core;
-processors with AMX need a third of that for bfloat16, whose vectors have a cosine of at least
-.9999 with the others.
+in the order drawn, without equal ones. Beside it OUT.json tells how many texts each source gave. It
+is written in parts (OUT.parts), and goes on with them where it was stopped. float32 takes some ten
+minutes of a core; processors with AMX need a third of that for bfloat16, whose vectors have a
+cosine of at least .9999 with the others.
 """
 
 from __future__ import annotations
@@ -175,11 +175,14 @@ def main() -> None:
         ]
     )
     out = np.empty_like(rows)
-    out[np.argsort(np.argsort(drawn))] = rows[np.argsort(order)]
+    out[np.argsort(drawn)] = rows[np.argsort(order)]
+    # texts that are equal in their first words have equal vectors: only one of them counts
+    first = np.sort(np.unique(out, axis=0, return_index=True)[1])
+    out, drawn = out[first], drawn[first]
     np.save(options.out, out)
     names, counts = np.unique(np.array(source)[drawn], return_counts=True)
     told = {
-        "distinct texts": len(drawn),
+        "distinct texts": len(out),
         "of each source": dict(zip(names.tolist(), counts.tolist(), strict=True)),
         "encoder": made.version,
     }
