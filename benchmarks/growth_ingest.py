@@ -1,79 +1,96 @@
 """Items a second that a pool takes in: search, reverse neighbours and writing, beside the original.
 
-    python benchmarks/growth_ingest.py [--million] [--threads 2] [--loop 5000]
+    python benchmarks/growth_ingest.py [--threads 2] [--loop 5000] [--vectors FILE.npy]
+    python benchmarks/growth_ingest.py --million --record growth_million
+    python benchmarks/growth_ingest.py --million --vectors FILE.npy --record growth_million_texts
 
-Vectors of 256 numbers from a generator of clusters, in batches of 1,000, to a pool in memory and to
-one on the disk, each batch durable before the next: growing from 0 to 20,000, and 8,000 more on top
-of these. ``--million`` goes on to one million in memory, with recall@4 and the gain's error for a
-sample of items whose true neighbours were computed; a neighbour within 1e-3 of the true fourth
-distance counts as found. The released loop looks up and adds one item after the other in hnswlib
-(M 48, ef_construction 100, ef 32, k 4), for the first ``--loop`` items.
+Vectors of 256 numbers in batches of 1,000, from a generator of clusters or from a file of
+embeddings (``benchmarks/text_vectors.py`` makes one) that come again with jitter where it is
+shorter. To a pool in memory and to one on the disk, each batch durable before the next: growing
+from 0 to 20,000, and 8,000 more on top of these. ``--million``: in memory on to one million, and
+8,000 more on top of these, some five minutes of two cores. Told are recall@4 and the gain's error
+for a sample of items whose true neighbours were computed; a neighbour within 1e-3 of the true
+fourth distance counts as found. The released loop looks up and adds one item after the other in
+hnswlib (M 48, ef_construction 100, ef 32, k 4), for the first ``--loop`` items.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from record import write
 from sparing.pool.gain import expected
 from sparing.pool.growth import Growth
+from vectors import BATCH, DIM, Stream
 
-DIM, BATCH, FIRST, MORE, MILLION = 256, 1000, 20_000, 8_000, 1_000_000
-CLUSTERS, SPREAD, PROBES = 5000, 0.7, 512
-Rows = NDArray[np.float32]
-
-
-def stream(seed: int, count: int) -> Iterator[Rows]:
-    """Batches of clustered vectors of length 1; the same again for the same seed."""
-    random = np.random.Generator(np.random.SFC64(seed))
-    centres = random.standard_normal((CLUSTERS, DIM), dtype=np.float32)
-    for _ in range(0, count, BATCH):
-        rows = centres[random.integers(0, CLUSTERS, BATCH)]
-        rows = rows + np.float32(SPREAD) * random.standard_normal((BATCH, DIM), dtype=np.float32)
-        yield rows / np.linalg.norm(rows, axis=1, keepdims=True)
+FIRST, MORE, MILLION, TOLD = 20_000, 8_000, 1_000_000, 100_000
+WIDTH, PROBES = 0.7, 512
 
 
 def same(batch: torch.Tensor) -> torch.Tensor:
     return batch
 
 
-def grow(path: Path | None, seed: int, count: int) -> tuple[Growth, dict[str, float]]:
-    """A pool of so many items, and items a second of wall time and of one core's CPU time."""
+def grow(
+    path: Path | None, data: Path | None, seed: int, ends: tuple[int, ...]
+) -> tuple[Growth, dict[str, float]]:
+    """A pool, and items a second of wall time and of one core's CPU time up to each of the ends."""
     pool = Growth(path, encoder=same, clean=False, seed=seed)
-    ends = {FIRST: "0 to 20,000", FIRST + MORE: "20,000 to 28,000", count: f"to {count:,}"}
-    told, done, last, wall, cpu = {}, 0, 0, 0.0, 0.0
-    for rows in stream(seed, count):
+    told: dict[str, float] = {}
+    last, done = 0, 0
+    wall, cpu = Clock(time.perf_counter), Clock(time.process_time)
+    for rows in Stream(data, seed, WIDTH).batches(ends[-1]):
         batch = torch.from_numpy(rows)
-        start = time.perf_counter(), time.process_time()
-        pool.add(batch)
-        wall += time.perf_counter() - start[0]
-        cpu += time.process_time() - start[1]
+        with wall, cpu:
+            pool.add(batch)
         done += len(rows)
         if done in ends:
-            told[f"{ends[done]}, a second"] = round((done - last) / wall)
-            told[f"{ends[done]}, a CPU second"] = round((done - last) / cpu)
-            last, wall, cpu = done, 0.0, 0.0
-            print(path is not None, told, flush=True)
+            name = f"{last:,} to {done:,}"
+            told[f"{name}, a second"] = round((done - last) / wall.lap())
+            told[f"{name}, a CPU second"] = round((done - last) / cpu.lap())
+            last = done
+        if done in ends or done % TOLD == 0:
+            print(done, f"{done / wall.all:.0f} a second", told, flush=True)
+    told["all, a second"] = round(done / wall.all)
     return pool, told
 
 
-def quality(pool: Growth, seed: int, count: int) -> dict[str, float]:
+class Clock:
+    """Seconds spent inside of it: in all, and since the last lap."""
+
+    def __init__(self, now: Callable[[], float]) -> None:
+        self.now, self.all, self.before = now, 0.0, 0.0
+
+    def __enter__(self) -> None:
+        self.start = self.now()
+
+    def __exit__(self, *_: object) -> None:
+        self.all += self.now() - self.start
+
+    def lap(self) -> float:
+        found, self.before = self.all - self.before, self.all
+        return found
+
+
+def quality(pool: Growth, data: Path | None, seed: int, count: int) -> dict[str, float]:
     """Recall of four neighbours, and how far gains are from those of an exact search."""
+    if len(pool) != count:
+        raise SystemExit(f"{count - len(pool)} vectors were there already: ids are not positions")
     near = pool._members.main
     probes = np.sort(np.random.default_rng(seed).choice(count, PROBES, replace=False))
     rows = near.index.vectors(probes)
     best = np.full((PROBES, near.table.keep + 1), np.inf, np.float32)
-    for at, block in enumerate(stream(seed, count)):
+    for at, block in enumerate(Stream(data, seed, WIDTH).batches(count)):
         far = np.maximum(1 - rows @ block.T, 0)
         own = np.flatnonzero(probes // BATCH == at)
         far[own, probes[own] % BATCH] = np.inf
@@ -90,14 +107,14 @@ def quality(pool: Growth, seed: int, count: int) -> dict[str, float]:
     }
 
 
-def released(seed: int, count: int) -> float:
+def released(data: Path | None, seed: int, count: int) -> float:
     """Items a second of the released loop."""
     import hnswlib
 
     index = hnswlib.Index(space="cosine", dim=DIM)
     index.init_index(max_elements=count, M=48, ef_construction=100)
     index.set_ef(32)
-    rows = np.concatenate(list(stream(seed, count)))
+    rows = Stream(data, seed, WIDTH).take(count)
     gains = []
     start = time.perf_counter()
     for number, row in enumerate(rows):
@@ -111,26 +128,73 @@ def released(seed: int, count: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--million", action="store_true")
+    parser.add_argument("--size", type=int, default=MILLION, help="in place of a million")
+    parser.add_argument("--vectors", type=Path, help="embeddings, .npy; else drawn clusters")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--loop", type=int, default=5000)
+    parser.add_argument("--record", default="growth_ingest")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    seed, results = 0, {}
-    folder = Path(tempfile.mkdtemp())
-    try:
-        pool, results["on the disk"] = grow(folder / "pool", seed, FIRST + MORE)
-        results["bytes an item on the disk besides vectors and payload"] = beside(folder / "pool")
-        pool.close()
-    finally:
-        shutil.rmtree(folder)
-    pool, results["in memory"] = grow(None, seed, FIRST + MORE)
-    results["at 28,000"] = quality(pool, seed, FIRST + MORE)
-    results["the released loop, a second"] = round(released(seed, options.loop))
+    seed, data = 0, options.vectors
+    results: dict[str, Any] = {"data": data.name if data else "clusters"}
+    if data and data.with_suffix(".json").is_file():
+        results["data"] = json.loads(data.with_suffix(".json").read_text())
+    results["the released loop, a second"] = round(released(data, seed, options.loop))
     if options.million:
-        pool, results["one million, in memory"] = grow(None, seed, MILLION)
-        results["at one million"] = quality(pool, seed, MILLION)
-    print(results)
-    write("growth_ingest", results, seeds=[seed])
+        size = options.size
+        pool, results["in memory"] = grow(
+            None, data, seed, (FIRST, FIRST + MORE, size, size + MORE)
+        )
+        results["found"] = quality(pool, data, seed, size + MORE)
+        results["bytes an item besides vectors, codes with their ids, and payload"] = held(pool)
+        results["index"] = effort(pool)
+    else:
+        folder = Path(tempfile.mkdtemp())
+        try:
+            ends = (FIRST, FIRST + MORE)
+            pool, results["on the disk"] = grow(folder / "pool", data, seed, ends)
+            results["bytes an item on the disk besides vectors and payload"] = beside(
+                folder / "pool"
+            )
+            pool.close()
+        finally:
+            shutil.rmtree(folder)
+        pool, results["in memory"] = grow(None, data, seed, ends)
+        results["at 28,000"] = quality(pool, data, seed, FIRST + MORE)
+    print(json.dumps(results, indent=1))
+    write(options.record, results, seeds=[seed])
+
+
+def held(pool: Growth) -> dict[str, float]:
+    """Bytes an item that a pool in memory takes, with its arrays' room to grow.
+
+    The store's are its columns; its items, and what it finds equal content by, are Python objects.
+    """
+    members, store = pool._members, pool._store
+    near = members.main
+    inner = getattr(near.index, "inner", near.index)
+    parts = {
+        "neighbours, gains and roles": [
+            near.table._who, near.table._far, near._ids, near._first, members.role
+        ],
+        "index": [inner.rows.at, inner.rows.alive],
+        "columns of the store": [store.ids(), *store._columns.values()],
+    }  # fmt: skip
+    return {k: round(sum(a.nbytes for a in v) / store.size, 1) for k, v in parts.items()}
+
+
+def effort(pool: Growth) -> dict[str, Any]:
+    """What the index does for the recall that it has."""
+    inner = getattr(pool._members.main.index, "inner", None)
+    lists = getattr(inner, "lists", None)
+    if inner is None or lists is None:
+        return {"kind": getattr(inner, "kind", "exact")}
+    return {
+        "lists": len(lists.centroids),
+        "probes": inner.probes,
+        "candidates": inner.candidates,
+        "its own probe": None if inner.recall is None else inner.recall._asdict(),
+    }
 
 
 def beside(path: Path) -> float:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,52 +22,14 @@ import torch
 
 from record import spread, write
 from sparing.pool.neighbours import Exact, Neighbours, both, neighbours, probe
+from vectors import BATCH, Stream
 
-BATCH = 1000
 K = 10
 GAIN = 4
 """Neighbours that the gain is a mean over, and at which recall is measured."""
-DIM = 256
-CLUSTERS = 5000
-WIDTH = 0.65
-JITTER = 0.3
 GRAPH_ENDS = 50_000
 EXACT_ENDS = 100_000
 CROSSING = (10_000, 20_000, 40_000, 80_000, 160_000)
-
-
-class Stream:
-    """Vectors of length 1 in batches, the same for each index."""
-
-    def __init__(self, path: Path | None, seed: int) -> None:
-        self.random = np.random.Generator(np.random.SFC64(seed))
-        if path is None:
-            self.base = self.random.standard_normal((CLUSTERS, DIM), dtype=np.float32)
-        else:
-            self.base = np.load(path, mmap_mode="r")
-        self.real, self.given = path is not None, 0
-        self.order = self.random.permutation(len(self.base))
-
-    def take(self, n: int) -> np.ndarray:
-        if self.real:
-            at = np.arange(self.given, self.given + n)
-            rows = unit(np.asarray(self.base[self.order[at % len(self.base)]], dtype=np.float32))
-            jittered = at >= len(self.base)
-            noise = self.random.standard_normal(rows.shape, dtype=np.float32)
-            rows += (JITTER / np.sqrt(rows.shape[1])) * noise * jittered[:, None]
-            self.given += n
-        else:
-            rows = self.base[self.random.integers(len(self.base), size=n)]
-            rows = rows + WIDTH * self.random.standard_normal(rows.shape, dtype=np.float32)
-        return unit(rows)
-
-    def batches(self, n: int) -> Iterator[np.ndarray]:
-        for start in range(0, n, BATCH):
-            yield self.take(min(BATCH, n - start))
-
-
-def unit(rows: np.ndarray) -> np.ndarray:
-    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
 
 
 class Taken(NamedTuple):

@@ -322,26 +322,49 @@ class Members:
         return alone
 
     def state(self) -> dict[str, Any]:
-        """All but the indexes, in arrays that share memory."""
+        """All but the indexes, in arrays that share memory; see ``outlines``."""
         parts = {"main": self.main.state(), "groups": self.groups.state()}
         if self.second is not None:
             parts["second"] = self.second.state()
         found = {f"{part}.{k}": v for part, held in parts.items() for k, v in held.items()}
         return {**found, "role": self._role}
 
-    def load_(self, state: Mapping[str, NDArray[Any]], vectors: Callable[[Ids, str], Rows]) -> None:
-        """Go on from ``state()``; the indexes are filled from the stored vectors."""
+    def outlines(self) -> dict[str, Any]:
+        """What of the indexes is dear to make again, by name: see ``Neighbours.outline``."""
+        found = {name: index.outline() for name, _, index, _ in self._indexes()}
+        return {name: outline for name, outline in found.items() if outline is not None}
+
+    def load_(
+        self,
+        state: Mapping[str, NDArray[Any]],
+        outlines: Mapping[str, Any],
+        vectors: Callable[[Ids, str], Rows],
+    ) -> None:
+        """Go on from ``state()``, with vectors as stored.
+
+        An index goes on from its outline; where it has none that fits, it is made anew.
+        """
         ids, role = state["main.ids"], state["role"]
+        for name, which, index, held in self._indexes():
+            mine = ids[role == held]
+
+            def read(some: Ids, which: str = which) -> Rows:
+                return vectors(some, which)
+
+            if name not in outlines or not index.resume_(outlines[name], mine, read):
+                for at in range(0, mine.size, 64 * BLOCK):
+                    index.add(mine[at : at + 64 * BLOCK], read(mine[at : at + 64 * BLOCK]))
         for near, which in zip(self._both(), ("main", "second"), strict=False):
-            stands = ids[role == STANDS]
-            for at in range(0, stands.size, 64 * BLOCK):
-                part = stands[at : at + 64 * BLOCK]
-                near.index.add(part, vectors(part, which))
             near.load_(_below(state, which))
-        if (role == COPY).any():
-            self.copies.add(ids[role == COPY], vectors(ids[role == COPY], "main"))
         self.groups.load(_below(state, "groups"))
         self._role = role.copy()
+
+    def _indexes(self) -> list[tuple[str, str, Any, int]]:
+        """Each index's name, which vectors are in it, itself, and the role of its items."""
+        found = [("main", "main", self.main.index, STANDS), ("copies", "main", self.copies, COPY)]
+        if self.second is not None:
+            found.append(("second", "second", self.second.index, STANDS))
+        return found
 
 
 def _below(state: Mapping[str, NDArray[Any]], name: str) -> dict[str, NDArray[Any]]:

@@ -20,12 +20,15 @@ from sparing.pool.items import IMAGE_HASH
 from sparing.pool.members import COPY, OUT, STANDS, Members
 
 FOLDER: Final = "growth"
+FORMAT: Final = 2
+"""What is saved in another format is made anew."""
 
 
 def save(path: Path, members: Members, settings: dict[str, Any]) -> None:
     """Write what ``members`` know into the store's folder."""
-    tree = {name: torch.from_numpy(np.ascontiguousarray(v)) for name, v in members.state().items()}
-    state.save(path / FOLDER, tree, meta={"growth": 1, "settings": settings})
+    known = {name: torch.from_numpy(np.ascontiguousarray(v)) for name, v in members.state().items()}
+    tree = {"members": known, "indexes": members.outlines()}
+    state.save(path / FOLDER, tree, meta={"growth": FORMAT, "settings": settings})
 
 
 def settings(path: Path) -> dict[str, Any] | None:
@@ -69,15 +72,15 @@ def _load_(members: Members, store: Any, path: Path, settings: dict[str, Any]) -
         saved = state.read(path / FOLDER)
     except RunError:
         return  # it all follows from the store
-    if not isinstance(saved.meta, dict) or saved.meta.get("settings") != settings:
+    if saved.meta != {"growth": FORMAT, "settings": settings}:
         return
-    tree = {name: tensor.numpy() for name, tensor in saved.tree.items()}
+    tree = {name: tensor.numpy() for name, tensor in saved.tree["members"].items()}
     stored = store.ids()
     known = tree["main.ids"]
     if not np.array_equal(stored[: known.size], known):
         return  # items were forgotten since
     try:
-        members.load_(tree, store.vectors)
+        members.load_(tree, saved.tree["indexes"], store.vectors)
     except RequestError as error:
         raise RunError(
             f"what is saved in {path / FOLDER} does not fit the store; delete that folder, it is "

@@ -12,7 +12,7 @@ from sparing.pool.neighbours.exact import Exact
 from sparing.pool.neighbours.inverted import Inverted
 from sparing.pool.neighbours.protocol import Floats, Found, Ids, Joined, Neighbours, Radius
 
-CROSSOVER: Final = 50_000
+CROSSOVER: Final = 40_000
 """Items from which on ``Inverted`` takes in items faster than ``Exact``: see
 benchmarks/neighbours.py."""
 SLICE = 8192
@@ -74,11 +74,26 @@ class Auto(Neighbours):
             )
             return
         old, ids = self.inner, self.inner.ids()
-        fresh = Inverted(self.dim, **{"first": min(len(ids), self.crossover), **self.options})
+        fresh = self._lists(len(ids))
         for start in range(0, len(ids), SLICE):
             part = ids[start : start + SLICE]
             fresh.add(part, old.vectors(part))
         self.inner = fresh
+
+    def _lists(self, count: int) -> Inverted:
+        return Inverted(self.dim, **{"first": min(count, self.crossover), **self.options})
+
+    def outline(self) -> dict[str, Any] | None:
+        return self.inner.outline()
+
+    def resume_(self, outline: Mapping[str, Any], ids: Ids, read: Callable[[Ids], Floats]) -> bool:
+        if not self._possible:
+            return False
+        fresh = self._lists(len(ids))
+        done = fresh.resume_(outline, ids, read)
+        if done:
+            self.inner = fresh
+        return done
 
     def state(self) -> dict[str, Any]:
         return {

@@ -11,9 +11,11 @@ import torch
 from sparing.core.checks import require_number, require_whole
 from sparing.core.errors import RequestError
 from sparing.pool.neighbours import ranking
-from sparing.pool.neighbours.lists import TRAINED_ON, Lists, faiss
+from sparing.pool.neighbours.lists import TRAINED_ON, Lists
+from sparing.pool.neighbours.packages import faiss
 from sparing.pool.neighbours.probe import Probe, Recall
 from sparing.pool.neighbours.protocol import (
+    NOBODY,
     Floats,
     Found,
     Ids,
@@ -30,7 +32,9 @@ SLICE = 16_384
 """Items that are coded in one go while lists are built anew beside the old ones."""
 SPLITS = 64
 EFFORT = 4
-"""Factor up to which probes and candidates rise by themselves."""
+"""Factor up to which probes and candidates rise by themselves; they fall to half at most."""
+EASE = 0.01
+"""Recall above what is watched for that must be left where less is looked at."""
 GROWN = 1.25
 """Factor of growth after which recall is measured again."""
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
@@ -43,9 +47,10 @@ class Inverted(Neighbours):
     first: items from which on there are lists; before, every vector is looked at. limit: items
     past which a list is split. probes: lists that a row is looked for in. candidates: how
     many of a row's are ranked; pairs of ``join`` are among them: it finds most, not all. Both rise
-    by themselves (``mend_``). watch: the recall at 4 below which something is done, 0
+    and fall by themselves (``mend_``). watch: the recall at 4 below which something is done, 0
     for never; see ``mend_``. vectors: "float16" or "float32", the own copy that candidates are
-    ranked by (distances are right to some 1e-4, or 1e-6). read: a function from ids to vectors in
+    ranked by (distances are right to some 1e-4, or 1e-6); float16 is half as large, and ranking
+    takes twice as long. read: a function from ids to vectors in
     place of the own copy, such as one that reads them from a file.
 
     9 bytes an item besides the copy and the codes (d / 8 bytes and an id an item).
@@ -59,10 +64,10 @@ class Inverted(Neighbours):
         *,
         first: int = 8192,
         limit: int = 1024,
-        probes: int = 32,
-        candidates: int = 64,
-        watch: float = 0.97,
-        vectors: str = "float16",
+        probes: int = 16,
+        candidates: int = 192,
+        watch: float = 0.96,
+        vectors: str = "float32",
         read: Callable[[Ids], Floats] | None = None,
         seed: int = 0,
     ) -> None:
@@ -189,10 +194,10 @@ class Inverted(Neighbours):
         vectors = self.checked(vectors)
         of = radius if callable(radius) else self._lookup(self.radii(radius))
         distances, ids = self._candidates(vectors, max(k, 1))
-        rows, columns = np.nonzero(ids >= 0)
-        who, far = ids[rows, columns], distances[rows, columns]
-        near = far < of(who) if len(who) else np.empty(0, dtype=bool)
-        who, far, rows = who[near], far[near], rows[near]
+        who, far = ids.reshape(-1), distances.reshape(-1)
+        some = np.flatnonzero(who != NOBODY)
+        near = some[far[some] < of(who[some])] if len(some) else some
+        who, far, rows = who[near], far[near], near // ids.shape[1] if len(near) else near
         order = np.lexsort((self.rows.find(who), rows))
         pairs = Pairs(who[order], rows[order], far[order]) if len(who) else no_pairs()
         return Joined(*ranking.best(distances, ids, k), pairs)
@@ -207,35 +212,61 @@ class Inverted(Neighbours):
             held = self.ids()
             return ranking.all_of(vectors, held, self._vectors, max(k, self.candidates))
         ids = self.lists.candidates(vectors, max(self.candidates, 4 * k), self.probes)
-        if self.read is None:
-            return ranking.of_places(vectors, ids, self.rows.find, self.rows.tensors[0])
-        return ranking.of_read(vectors, ids, self.read)
+        if self.read is not None:
+            return ranking.of_read(vectors, ids, self.read), ids
+        places = self.rows.find(ids.reshape(-1)).reshape(ids.shape)
+        ids[places < 0] = NOBODY
+        return ranking.of_places(vectors, places, self.rows.tensors[0]), ids
 
     # ---- keeping it good ----------------------------------------------------------------------
 
-    def mend_(self, *, limit: float | None = None, sample: int = 128) -> Recall:
+    def mend_(self, *, limit: float | None = None, sample: int = 256) -> Recall:
         """Measure recall; if it is below ``limit`` (``watch``), look at more, else rebuild.
 
         Lists that are looked in, or candidates that are ranked, are doubled, whichever helps more,
-        up to four times as many as at first. A rebuild trains new lists on what is stored now, and
-        fills them a slice at each ``add``, beside the old ones, which answer until then; none is
-        begun before the set has grown by half since the last. Returns the last recall that was
-        measured.
+        up to four times as many as at first. Where recall stays well above ``limit`` with half of
+        one of them, they are halved, down to half of what they were at first. A rebuild trains new
+        lists on what is stored now, and fills them a slice at each ``add``, beside the old ones,
+        which answer until then; none is begun before the set has grown by half since the last.
+        Returns the last recall that was measured.
         """
         limit = self.watch if limit is None else limit
         self._probed = len(self)
         seen = Probe(self, k=4, sample=sample, seed=self.seed)
         found = seen.recall()
+        easy = found.near >= limit + EASE
         while found.near < limit and (harder := self._harder()):
-            tried = []
-            for self.probes, self.candidates in harder:
-                tried.append((seen.recall(), (self.probes, self.candidates)))
-            found, (self.probes, self.candidates) = max(tried, key=lambda one: one[0].near)
+            found, (self.probes, self.candidates) = self._best_of(seen, harder)
+        while easy and (easier := self._easier()):
+            now = self.probes, self.candidates
+            less, (self.probes, self.candidates) = self._best_of(seen, easier)
+            if less.near < limit + EASE:
+                self.probes, self.candidates = now
+                break
+            found = less
         grown = len(self) >= 1.5 * self._built
         if found.near < limit and grown and self._coming is None and self.lists is not None:
             self.rebuild_()
         self.recall = found
         return found
+
+    def _best_of(
+        self, seen: Probe, options: list[tuple[int, int]]
+    ) -> tuple[Recall, tuple[int, int]]:
+        tried = []
+        for option in options:
+            self.probes, self.candidates = option
+            tried.append((seen.recall(), option))
+        return max(tried, key=lambda one: one[0].near)
+
+    def _easier(self) -> list[tuple[int, int]]:
+        """Probes and candidates with one of them halved, as far as they may fall."""
+        if self.lists is None:
+            return []
+        p, c = self.probes, self.candidates
+        least = [most // (2 * EFFORT) for most in self._most]
+        options = [(p // 2, c), (p, c // 2)]
+        return [(i, j) for i, j in options if i >= max(1, least[0]) and j >= max(1, least[1])]
 
     def _harder(self) -> list[tuple[int, int]]:
         """Probes and candidates with one of them doubled, as far as they may rise."""
@@ -288,6 +319,41 @@ class Inverted(Neighbours):
             "codes": torch.from_numpy(held["codes"]) if held else None,
             "stuck": held["stuck"] if held else [],
         }
+
+    def outline(self) -> dict[str, Any] | None:
+        if self.lists is None:
+            return None
+        held = self.lists.state()
+        return {
+            "made": self._made(),
+            "effort": [self.probes, self.candidates, *self._most],
+            "sizes": [self._probed, self._built],
+            "codes": torch.from_numpy(held["codes"]),
+            "stuck": held["stuck"],
+        }
+
+    def _made(self) -> dict[str, Any]:
+        """What an outline must agree in to be gone on from."""
+        with_ = faiss().__version__
+        return {"outline": 1, "dim": self.dim, "limit": self.limit, "seed": self.seed, "by": with_}
+
+    def resume_(self, outline: Mapping[str, Any], ids: Ids, read: Callable[[Ids], Floats]) -> bool:
+        if outline.get("made") != self._made():
+            return False
+        lists = Lists(self.dim, self.limit, self.seed)
+        try:
+            lists.restore(outline["codes"].numpy(), outline["stuck"])
+        except (RequestError, RuntimeError, AttributeError):  # FAISS's own error is RuntimeError
+            return False
+        if not np.array_equal(np.sort(lists.ids()), ids):
+            return False
+        for start in range(0, len(ids), SLICE):
+            part = ids[start : start + SLICE]
+            self.rows.add(*self.checked_pair(part, read(part)))
+        self.lists = lists
+        self.probes, self.candidates, *self._most = outline["effort"]
+        self._probed, self._built = outline["sizes"]
+        return True
 
     @classmethod
     def restored(

@@ -2,7 +2,9 @@
 
 A vector is in the list of its nearest centroid, as 4-bit codes of what it differs by from it. A
 list that grows past its limit is split in two by its own vectors, so that lists follow the data
-while it grows, each split looks at one list, and nothing is ever trained on everything again.
+while it grows, each split looks at one list, and nothing is ever trained on everything again. Items
+of a list that is split may go to a list beside it: else those of one place drift apart over splits,
+and finding them needs twice as many lists.
 
 Jegou, Douze, Schmid 2011 (inverted lists over codes of residuals); Andre, Kermarrec, Le Scouarnec
 2015 (4-bit codes in registers); splitting as by Xu et al. 2023 (SPFresh). See github.com/
@@ -18,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sparing.core.errors import RequestError
+from sparing.pool.neighbours.packages import faiss
 from sparing.pool.neighbours.protocol import Floats, Ids
 
 CODES = 128
@@ -26,18 +29,8 @@ ROOM = 1 << 16
 """Lists that there can be; past it lists only grow longer."""
 TRAINED_ON = 32_768
 STEPS = 10
-
-
-def faiss() -> Any:
-    """The package. Raises RequestError, and says how to install it, where it is missing."""
-    try:
-        import faiss as found
-    except ModuleNotFoundError as error:
-        raise RequestError(
-            'inverted lists need the package "faiss", which is not installed; '
-            'run: pip install "sparing[index]"'
-        ) from error
-    return found
+BESIDE = 32
+"""Lists around one that is split into which its items may go."""
 
 
 @final
@@ -93,6 +86,7 @@ class Lists:
     def add(self, ids: Ids, vectors: Floats) -> None:
         """Ids that are not there, and their vectors (n, d)."""
         if len(ids):
+            faiss()
             self._index.add_with_ids(self._filled(vectors), np.ascontiguousarray(ids))
 
     def remove(self, ids: Ids) -> None:
@@ -102,6 +96,7 @@ class Lists:
 
     def candidates(self, queries: Floats, count: int, probes: int) -> Ids:
         """(q, count) ids in no order that matters, -1 where there are fewer."""
+        faiss()
         self._index.nprobe = min(probes, len(self.centroids))
         found: Ids = self._index.search(self._filled(queries), count)[1]
         return found
@@ -113,7 +108,7 @@ class Lists:
         return np.fromiter((inverted.list_size(i) for i in count), np.int64, len(count))
 
     def split(self, read: Callable[[Ids], Floats], most: int) -> int:
-        """Split the longest lists past the limit, at most so many; returns how many still are."""
+        """Split the longest lists past the limit, at most so many; returns how many more wait."""
         lengths = self.lengths()
         limits = np.full(len(lengths), self.limit)
         for number, length in self._stuck.items():
@@ -151,9 +146,10 @@ class Lists:
         centroids = np.concatenate([self.centroids, fresh[:, 1]])
         centroids[changed] = fresh[:, 0]
         self._set(self._filled(centroids))
-        # they go by the new centroids alone, which is a small part of all
+        # they go to the new centroids, or to one beside them
         few = f.IndexIDMap2(f.IndexFlatIP(self.wide))
-        numbers = np.concatenate([changed, added])
+        beside = self._quantizer.search(self._filled(fresh.reshape(-1, self.dim)), BESIDE)[1]
+        numbers = np.unique(np.concatenate([changed, added, beside[beside >= 0]]))
         few.add_with_ids(self._filled(centroids[numbers]), numbers)
         index.quantizer = few
         try:
@@ -181,11 +177,27 @@ class Lists:
         held: NDArray[np.uint8] = faiss().serialize_index(self._index)
         return {"codes": held, "stuck": [list(pair) for pair in self._stuck.items()]}
 
+    def ids(self) -> Ids:
+        """(n,) all that are in lists, by list."""
+        f, inverted = faiss(), self._index.invlists
+        held = [
+            f.rev_swig_ptr(inverted.get_ids(number), length)
+            for number, length in enumerate(self.lengths().tolist())
+            if length
+        ]
+        return np.concatenate(held) if held else np.empty(0, dtype=np.int64)
+
     def restore(self, codes: NDArray[np.uint8], stuck: list[list[int]]) -> None:
-        """Take over what ``state`` gave."""
+        """Take over what ``state`` gave. Raises RequestError for lists of other sizes."""
         f = faiss()
-        self._index = f.deserialize_index(codes)
-        self._quantizer = f.downcast_index(self._index.quantizer)
+        index = f.deserialize_index(codes)
+        if (index.d, index.pq.M) != (self.wide, self.codes):
+            raise RequestError(
+                f"these lists hold {index.pq.M} codes of {index.d} entries, and {self.codes} of "
+                f"{self.wide} are expected; build the index anew"
+            )
+        self._index = index
+        self._quantizer = f.downcast_index(index.quantizer)
         count = self._quantizer.ntotal
         wide = self._quantizer.reconstruct_n(0, count).reshape(count, self.wide)
         self.centroids = np.ascontiguousarray(wide[:, : self.dim])

@@ -121,6 +121,18 @@ class Neighbours(ABC):
         """Write the index to the directory ``path``: whole or not at all. Raises RunError."""
         state.save(path, self.state(), meta={"neighbours": self.kind, "format": 1})
 
+    def outline(self) -> dict[str, Any] | None:
+        """What is dear to make again, without the vectors; None where nothing is."""
+        return None
+
+    def resume_(self, outline: Mapping[str, Any], ids: Ids, read: Callable[[Ids], Floats]) -> bool:
+        """Go on from ``outline`` while empty, with these items, ascending, vectors by ``read``.
+
+        False, and still empty, if the outline is not that of just these items in an index of these
+        options, or was made with another version of what made it.
+        """
+        return False
+
     # ---- checks -------------------------------------------------------------------------------
 
     def checked(self, vectors: Floats) -> Floats:

@@ -11,12 +11,15 @@ from typing import final
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from sparing.core.errors import RequestError
 from sparing.pool.neighbours.protocol import NOBODY, Floats, Ids
 
 HOLES = 0.25
+SPARSE = 4
+"""Ids for each that is there up to which a table of all of them is kept."""
 LEAST = 1024
 
 
@@ -25,8 +28,9 @@ class Rows:
     """Ids by place, places by id, and one tensor of vectors or more, row by row.
 
     ``tensors`` are (capacity, d) each, in the types and on the device that were asked for, the last
-    as ``coded`` makes it; rows behind ``used`` are not set. 9 bytes an item for its id, 16 more
-    where ids did not come in rising order.
+    as ``coded`` makes it; rows behind ``used`` are not set. 9 bytes an item for its id; where ids
+    leave gaps 4 to 6 more for each id up to the last, and 16 more where they did not come in
+    rising order.
     """
 
     def __init__(
@@ -44,6 +48,9 @@ class Rows:
         self.tensors = tuple(torch.empty(0, dim, dtype=d, device=device) for d in dtypes)
         # ids that came in rising order are their own index; else they are kept sorted, with places
         self._sorted: tuple[Ids, Ids] | None = None
+        # while ids rise but leave gaps, a table is ten times as fast as a search among them
+        self._place: NDArray[np.int32] = np.empty(0, dtype=np.int32)
+        self._tabled = 0  # places that are in it
 
     def __len__(self) -> int:
         return self.used - len(self.holes)
@@ -69,9 +76,27 @@ class Rows:
         names, places = self._sorted or (self.at[: self.used], None)
         if not len(names):
             return np.full(len(ids), NOBODY, dtype=np.int64)
-        spot = np.minimum(np.searchsorted(names, ids), len(names) - 1)
+        first, last = int(names[0]), len(names) - 1
+        span = int(names[last]) - first
+        if span == last:  # none is missing: ids are places
+            spot = np.clip(ids - first, 0, last)
+        elif places is None and span < SPARSE * len(names):
+            spot = self._table()[np.clip(ids - first, 0, span)].astype(np.int64)
+        else:
+            spot = np.minimum(np.searchsorted(names, ids), last)
         found = spot if places is None else places[spot]
         return np.where((names[spot] == ids) & self.alive[found], found, NOBODY)
+
+    def _table(self) -> NDArray[np.int32]:
+        """Places by id, from the first on, of ids that came in rising order; 0 for no id."""
+        names, done = self.at[: self.used], self._tabled
+        span = int(names[-1] - names[0]) + 1
+        if span > len(self._place):
+            self._place = np.zeros(span + span // 2, dtype=np.int32)
+            done = 0
+        self._place[names[done:] - names[0]] = np.arange(done, self.used)
+        self._tabled = self.used
+        return self._place
 
     def add(self, ids: Ids, vectors: Floats) -> None:
         """Append new rows. Raises RequestError for an id that is there."""
@@ -139,6 +164,7 @@ class Rows:
         if self._sorted is not None:
             self._sorted = self._sorted[0], np.searchsorted(kept, self._sorted[1])
         self.at, self.tensors, self.used = at, tuple(moved), len(kept)
+        self._place, self._tabled = np.empty(0, dtype=np.int32), 0
         self.alive = np.arange(capacity) < len(kept)
         self.holes = np.empty(0, dtype=np.int64)
         return kept
