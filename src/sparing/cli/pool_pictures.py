@@ -21,9 +21,9 @@ STYLES: Final = {
     "kept": "c1",
     "near copy": "c2",
     "evicted": "c4",
-    "label issue": "c5",
+    "label issue": "c3",
     "outlier": "c6",
-    "misaligned": "c3",
+    "misaligned": "c5",
 }
 """Colours of the map by reason."""
 
