@@ -184,14 +184,14 @@ def test_an_index_has_no_capacity_and_takes_removed_ids_again() -> None:
 
 def test_saved_and_loaded_it_answers_the_same(tmp_path: Path) -> None:
     random = np.random.default_rng(3)
-    index = Exact(12, precision="bfloat16", candidates=9)
+    index = Exact(12, precision="bfloat16")
     index.add(np.arange(200)[::-1].copy(), unit(random, 200, 12))
     index.remove(np.array([5, 9]))
     index.save(tmp_path / "index")
     again = load(tmp_path / "index")
     queries = unit(random, 20, 12)
     assert isinstance(again, Exact)
-    assert (again.candidates, again.precision) == (9, "bfloat16")
+    assert again.precision == "bfloat16"
     np.testing.assert_array_equal(again.ids(), index.ids())
     for one, other in zip(index.query(queries, 4), again.query(queries, 4), strict=True):
         np.testing.assert_array_equal(one, other)
@@ -232,7 +232,7 @@ def test_unknown_ids_and_kinds_are_errors() -> None:
 
 
 def test_what_a_coarse_product_cannot_tell_apart_float32_does() -> None:
-    """More neighbours within the rounding of int8 than there are candidates."""
+    """Many neighbours within the rounding of int8 and of bfloat16."""
     random = np.random.default_rng(4)
     one = unit(random, 1, 64)
     crowd = one + 0.1 * unit(random, 400, 64) * random.uniform(0.2, 1, (400, 1))
@@ -240,7 +240,7 @@ def test_what_a_coarse_product_cannot_tell_apart_float32_does() -> None:
     vectors = np.concatenate([crowd, unit(random, 2000, 64)])
     near, _ = nearest(brute(vectors, one), np.arange(2400), 3)
     for precision in PRECISIONS:
-        index = Exact(64, precision=precision, candidates=1)
+        index = Exact(64, precision=precision)
         index.add(np.arange(2400), vectors)
         found = index.query(one, 3)
         np.testing.assert_allclose(found.distances, near, atol=1e-6)

@@ -73,6 +73,15 @@ class Rows:
         found = spot if places is None else places[spot]
         return np.where((names[spot] == ids) & self.alive[found], found, NOBODY)
 
+    def ranks(self) -> tuple[Ids, Ids] | tuple[None, None]:
+        """The rank of each place's id among all ids, and the place of each rank; None: the same."""
+        if self._sorted is None:
+            return None, None
+        order = self._sorted[1]
+        ranks = np.full(self.used, NOBODY, dtype=np.int64)
+        ranks[order] = np.arange(len(order))
+        return ranks, order
+
     def add(self, ids: Ids, vectors: Floats) -> None:
         """Append new rows. Raises RequestError for an id that is there."""
         known = np.flatnonzero(self.find(ids) >= 0)

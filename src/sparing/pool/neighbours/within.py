@@ -62,7 +62,7 @@ def among(vectors: Floats, k: int) -> Found:
     q = len(rows)
     if not k or q < 2:
         return empty(q, k)
-    found, _ = blocks.search(rows, rows, min(q, k + 1))
+    found = blocks.search(rows, rows, min(q, k + 1))
     ids = found.columns.numpy()
     distances = (1 - found.values).clamp_(min=0).numpy()
     itself = ids == np.arange(q)[:, None]
