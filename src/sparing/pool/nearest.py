@@ -97,7 +97,7 @@ class Nearest:
         at, who, distance = at[worth], who[worth], distance[worth]
         if not at.size:
             return np.empty(0, np.int64)
-        order = np.lexsort((distance, at))
+        order = np.argsort(keys(distance, at=at), kind="stable")
         at, who, distance = at[order], who[order], distance[order]
         first = np.flatnonzero(np.diff(at, prepend=-1))
         rows: NDArray[np.int64] = at[first].astype(np.int64)
@@ -114,10 +114,9 @@ class Nearest:
         new_far[known] = np.inf
         new_who[known] = NOBODY
         both_far = np.concatenate([self._far[rows], new_far], 1)
-        both_who = np.concatenate([old, new_who], 1)
-        best = np.argsort(both_far, axis=1, kind="stable")[:, : self.keep]
+        best = least(both_far, self.keep)
         self._far[rows] = np.take_along_axis(both_far, best, 1)
-        self._who[rows] = np.take_along_axis(both_who, best, 1)
+        self._who[rows] = np.take_along_axis(np.concatenate([old, new_who], 1), best, 1)
         return rows
 
     def leave_(self, places: NDArray[Any]) -> None:
@@ -175,6 +174,27 @@ class Nearest:
         table = Nearest(who.shape[1], far.dtype)
         table._who, table._far, table._size = who.copy(), far.copy(), len(who)
         return table
+
+
+def keys(distances: NDArray[Any], *, at: NDArray[Any] | None = None) -> NDArray[np.int64]:
+    """Numbers ordered as ``distances``, of any shape, or by ``at`` first, below 2^31.
+
+    Distances are not negative, or -inf, whose bits as a whole number have their order; numpy sorts
+    whole numbers many times as fast as it sorts float16, or by two arrays.
+    """
+    bits = distances.astype(np.float32).view(np.int32)
+    return bits.astype(np.int64) << 32 if at is None else (at.astype(np.int64) << 32) + bits
+
+
+def least(distances: NDArray[Any], k: int) -> NDArray[np.int64]:
+    """The columns of the k least of each row, ascending, of equal ones the first: (n, m) -> (n, k).
+
+    Distances as for ``keys``; m at least k.
+    """
+    order = keys(distances) | np.arange(distances.shape[1])
+    order.sort(axis=1)
+    found: NDArray[np.int64] = order[:, :k] & 0xFFFFFFFF
+    return found
 
 
 def nearest_columns(distances: Floats, k: int) -> tuple[Floats, NDArray[np.int64]]:

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from sparing.core.errors import RequestError
 from sparing.pool.gain import expected, published
-from sparing.pool.nearest import KEEP, NOBODY, Nearest, nearest_columns
-from sparing.pool.neighbours import Joined
+from sparing.pool.nearest import KEEP, NOBODY, Nearest, least, nearest_columns
+from sparing.pool.neighbours import Joined, by_row, inside
 from sparing.pool.tail import PROBES, Profile, Tail
 
 BLOCK: Final = 1024
@@ -109,23 +109,27 @@ class Neighbourhood:
         Nothing may have come or gone since.
         """
         keep, places = self.table.keep, self.places(ids)
-        inside = 1 - vectors @ vectors.T
-        np.maximum(inside, 0, out=inside)
-        np.fill_diagonal(inside, np.inf)
-        near, columns = nearest_columns(inside, keep)
+        one, two, apart = inside(vectors, stored.distances[:, -1], keep)
+        near, slots = by_row(one, apart, len(ids), np.float32(np.inf))
+        names = np.full(near.shape, NOBODY, np.int64)
+        names[one, slots] = places[two]
         far = np.concatenate([stored.distances, near], 1)
-        who = np.concatenate([self.places(stored.ids), np.append(places, NOBODY)[columns]], 1)
-        best = np.argsort(far, axis=1, kind="stable")[:, :keep]
+        who = np.concatenate([self.places(stored.ids), names], 1)
+        best = least(far, keep)
         if self.frozen:
-            before = np.where(np.tri(len(inside), k=-1, dtype=bool), inside, np.float32(np.inf))
-            earlier, _ = nearest_columns(before, self.k)
-            both = np.concatenate([stored.distances[:, : self.k], earlier], 1)
-            self._first[places] = published(np.sort(both, axis=1), self.k)
+            self._first[places] = self._as_of_arrival(vectors, stored.distances)
         self.table.set_(places, np.take_along_axis(who, best, 1), np.take_along_axis(far, best, 1))
         at, rows, distances = stored.pairs
         self.table.merge_((self.places(at), places[rows], distances))
         self.index.add(ids, vectors)
         self._changes += 1
+
+    def _as_of_arrival(self, vectors: Rows, stored: Rows) -> Rows:
+        """Gains by the released rule: among what is stored and the rows before each."""
+        between = np.maximum(1 - vectors @ vectors.T, 0)
+        before = np.where(np.tri(len(between), k=-1, dtype=bool), between, np.float32(np.inf))
+        earlier, _ = nearest_columns(before, self.k)
+        return published(np.sort(np.concatenate([stored[:, : self.k], earlier], 1), axis=1), self.k)
 
     def radius(self, ids: Ids) -> Rows:
         """The distances (n,) below which a newcomer enters these items' lists."""

@@ -19,6 +19,7 @@ from sparing.pool.neighbours.protocol import (
     no_pairs,
 )
 
+NEARLY = np.float32(1e-6)
 INCOMING = -2
 """The id of the batch's row j reads -2 - j as long as it has none."""
 
@@ -53,6 +54,38 @@ def both(
         distances=np.take_along_axis(distances, order, axis=1),
         ids=np.take_along_axis(candidates, order, axis=1),
     )
+
+
+@torch.no_grad()
+def inside(vectors: Floats, limit: Floats, k: int) -> tuple[Ids, Ids, Floats]:
+    """Which rows are nearer to a row than its limit, at least where they are among its k nearest.
+
+    vectors: (q, d), of which no more than some thousand; limit: (q,), infinite where none is known.
+    Returns rows, ascending, others and distances, (p,) each; a row is not its own neighbour.
+    """
+    q = len(vectors)
+    if np.isinf(limit).any():
+        # a product may be another in its last bits in a block of another shape
+        limit = np.minimum(limit, among(vectors, k).distances[:, -1:].max(1, initial=0) + NEARLY)
+    reach = np.float32(1) - limit.astype(np.float32)
+    found = []
+    for start in range(0, q, blocks.ROWS):
+        # what is before these rows has been compared with them
+        rows, rest = vectors[start : start + blocks.ROWS], vectors[start:]
+        products = rows @ rest.T
+        marks = products > reach[start : start + blocks.ROWS, None]
+        marks |= products > reach[start:]
+        at = np.flatnonzero(marks)
+        row, column = np.divmod(at, len(rest))
+        once = column > row
+        found.append((row[once] + start, column[once] + start, products.reshape(-1)[at[once]]))
+    one, two, cosines = (np.concatenate(part) for part in zip(*found, strict=True))
+    ways = np.concatenate([one, two]), np.concatenate([two, one])
+    apart = np.tile(np.maximum(1 - cosines, 0), 2)
+    near = apart < limit[ways[0]]
+    rows, others, apart = ways[0][near], ways[1][near], apart[near]
+    order = np.argsort(rows * q + others)
+    return rows[order], others[order], apart[order]
 
 
 @torch.no_grad()
