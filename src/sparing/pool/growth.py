@@ -131,6 +131,7 @@ class Growth:
             if self._early or left_out:
                 store.note_drops(source, [*self._early, *left_out], cursor)
             added = store.append(taken, made.vectors, source=source, cursor=cursor)
+            store.flush()  # the disk works while neighbours are looked for
             ids[made.rows] = added.ids
             new = np.flatnonzero(added.ids >= 0)
             second = None if made.vectors.second is None else made.vectors.second[new]

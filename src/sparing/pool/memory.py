@@ -45,6 +45,9 @@ class MemoryStore:
     def together(self, note: str = "") -> Iterator[None]:
         yield
 
+    def flush(self) -> None:
+        """Nothing to do."""
+
     def close(self) -> None:
         """Nothing to do."""
 

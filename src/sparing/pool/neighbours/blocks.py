@@ -15,12 +15,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-ROWS = 256
-COLUMNS = 1024
+ROWS = 512
+COLUMNS = 512
 ON_DEVICE = (4096, 32_768)
 """Rows and columns of a block elsewhere than on the CPU."""
 GROUP = 16
-STEP = 8
+STEP = 4
 """Of so many columns one is in the sample, where there are enough."""
 SAMPLE = 1024
 
