@@ -7,13 +7,15 @@ of all columns, so that few entries are looked at twice, whatever the order of t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from sparing.pool.neighbours.threads import in_threads, one_thread
 
 ROWS = 512
 COLUMNS = 512
@@ -23,6 +25,9 @@ GROUP = 16
 STEP = 4
 """Of so many columns one is in the sample, where there are enough."""
 SAMPLE = 1024
+FEWEST = 128
+"""Rows that are worth a thread."""
+T = TypeVar("T")
 
 
 class Best(NamedTuple):
@@ -48,11 +53,13 @@ def search(queries: Tensor, stored: Tensor, c: int, *, holes: Tensor | None = No
     """
     # the same product need not be the same to the last bit in a block of another shape
     margin = 2.0**-20 if queries.dtype.is_floating_point else 0.0
+
+    def best(_start: int, count: int, found: Entries) -> tuple[NDArray[Any], NDArray[np.int64]]:
+        return _best(found, count, c)
+
     empty = _numbers(torch.empty(0, c, dtype=_of_products(queries)))
-    parts = [
-        _best(found, size, c)
-        for size, found in near(queries, stored, c, margin=margin, holes=holes)
-    ]
+    with one_thread() as threads:
+        parts = near(queries, stored, c, best, margin=margin, holes=holes, threads=threads)
     values = np.concatenate([empty, *(part[0] for part in parts)])
     columns = np.concatenate([empty.astype(np.int64), *(part[1] for part in parts)])
     return Best(*(torch.from_numpy(part).to(queries.device) for part in (values, columns)))
@@ -62,33 +69,39 @@ def near(
     queries: Tensor,
     stored: Tensor,
     k: int,
+    then: Callable[[int, int, Entries], T],
     *,
     margin: float,
     holes: Tensor | None = None,
     bound: Tensor | None = None,
-) -> Iterator[tuple[int, Entries]]:
+    threads: int = 1,
+) -> list[T]:
     """What may be among the k greatest of its row, and what is above its column's bound.
 
     Of each row at least all products that are not below its k-th greatest by more than ``margin``,
     in the products' unit. bound: (n,) of the products' type, which is int32 for int8, within
-    ``limits``. Gives so many rows at a time, in order, and their entries, in which rows count from
-    0 in each part.
+    ``limits``. then: is called for so many rows at a time, with the first of them, their number and
+    their entries, in which rows count from 0 in each part; in so many threads at once. Returns what
+    it gave, in the order of the rows.
     """
     height, width = (ROWS, COLUMNS) if queries.device.type == "cpu" else ON_DEVICE
-    size = min(height, len(queries)) * min(width, len(stored))
-    room = _Room(
-        torch.empty(size, dtype=_of_products(queries), device=queries.device),
-        np.empty((2, size), bool),
-        width,
-    )
+    if queries.device.type != "cpu":
+        threads = 1
+    height = min(height, max(FEWEST, -(-len(queries) // threads)))
     if holes is not None and not len(holes):
         holes = None
     sample = _sample(stored, holes, k)
-    for start in range(0, len(queries), height):
+
+    def one(start: int) -> T:
         part = queries[start : start + height]
+        size = len(part) * min(width, len(stored))
+        products = torch.empty(size, dtype=_of_products(queries), device=queries.device)
+        room = _Room(products, np.empty((2, size), bool), width)
         low = _limit(part, *sample, k, margin, room)
         found = _entries(part, stored, low, holes, bound, room)
-        yield len(part), _thinned(found, len(part), k, margin, bound)
+        return then(start, len(part), _thinned(found, len(part), k, margin, bound))
+
+    return in_threads(one, range(0, len(queries), height), threads)
 
 
 def limits(dtype: torch.dtype) -> tuple[float, float]:

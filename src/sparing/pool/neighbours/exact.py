@@ -27,6 +27,7 @@ from sparing.pool.neighbours.protocol import (
     no_pairs,
 )
 from sparing.pool.neighbours.rows import Rows, fetch
+from sparing.pool.neighbours.threads import one_thread
 
 PAIRS = 256
 """Pairs whose vectors are fetched together: they stay in the processor's own memory."""
@@ -75,7 +76,8 @@ class Exact(Neighbours):
         return fetch(self.rows.tensors[0], self.rows.places(np.asarray(ids, dtype=np.int64)))
 
     def add(self, ids: Ids, vectors: Floats) -> None:
-        self.rows.add(*self.checked_pair(ids, vectors))
+        with one_thread():
+            self.rows.add(*self.checked_pair(ids, vectors))
 
     def update(self, ids: Ids, vectors: Floats) -> None:
         ids, vectors = self.checked_pair(ids, vectors)
@@ -86,13 +88,17 @@ class Exact(Neighbours):
         self.rows.close()
 
     def query(self, vectors: Floats, k: int) -> Found:
-        return Found(*self._search(vectors, k, None)[:2])
+        with one_thread() as threads:
+            return Found(*self._search(vectors, k, None, threads)[:2])
 
     def join(self, vectors: Floats, k: int, radius: Radius) -> Joined:
-        return self._search(vectors, k, self.radii(radius))
+        with one_thread() as threads:
+            return self._search(vectors, k, self.radii(radius), threads)
 
     @torch.no_grad()
-    def _search(self, vectors: Floats, k: int, radius: Floats | None) -> Joined:
+    def _search(
+        self, vectors: Floats, k: int, radius: Floats | None, threads: int
+    ) -> Joined:
         require_whole("k", k, 0)
         held, coarse = self.rows, self.coarse
         queries = torch.from_numpy(self.checked(vectors)).to(held.device)
@@ -100,31 +106,36 @@ class Exact(Neighbours):
         if not len(held) or not len(queries):
             return Joined(*empty(len(queries), k), no_pairs())
         wide = None if radius is None else held.spread(radius)
-        near = blocks.near(
-            queries if coarse.plain else coarse.code(queries),
-            codes,
-            min(k, len(held)),
-            margin=2 * coarse.slack * coarse.scale,
-            holes=torch.from_numpy(held.holes).to(held.device),
-            bound=None if wide is None else coarse.bound(1 - torch.from_numpy(wide)),
-        )
+        bound = None if wide is None else coarse.bound(1 - torch.from_numpy(wide)).to(held.device)
         ranks, order = held.ranks()
-        best, pairs, start = [], [], 0
-        for count, found in near:
+
+        def ranked(start: int, count: int, found: blocks.Entries) -> tuple[Any, ...]:
             rows, columns, values = found
             cosines = values if coarse.plain else _cosines(queries[start:], fine, rows, columns)
             apart = np.maximum(1 - cosines, 0)
-            best.append(_least(rows, apart, columns if ranks is None else ranks[columns], count, k))
-            if wide is not None:
-                inside = apart < wide[columns]
-                pairs.append((columns[inside], rows[inside] + start, apart[inside]))
-            start += count
-        distances, rank = (np.concatenate(part) for part in zip(*best, strict=True))
+            names = columns if ranks is None else ranks[columns]
+            best = _least(rows, apart, names, count, k)
+            if wide is None:
+                return best
+            inside = apart < wide[columns]
+            return *best, columns[inside], rows[inside] + start, apart[inside]
+
+        parts = blocks.near(
+            queries if coarse.plain else coarse.code(queries),
+            codes,
+            min(k, len(held)),
+            ranked,
+            margin=2 * coarse.slack * coarse.scale,
+            holes=torch.from_numpy(held.holes).to(held.device),
+            bound=bound,
+            threads=threads,
+        )
+        distances, rank, *pairs = (np.concatenate(part) for part in zip(*parts, strict=True))
         places = rank if order is None else order[rank]
         ids = np.where(np.isinf(distances), NOBODY, held.at[places])
         if wide is None:
             return Joined(distances, ids, no_pairs())
-        at, rows, apart = (np.concatenate(part) for part in zip(*pairs, strict=True))
+        at, rows, apart = pairs
         return Joined(distances, ids, Pairs(held.at[at], rows, apart))
 
     def state(self) -> dict[str, Any]:

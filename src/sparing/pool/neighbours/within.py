@@ -18,6 +18,7 @@ from sparing.pool.neighbours.protocol import (
     empty,
     no_pairs,
 )
+from sparing.pool.neighbours.threads import one_thread
 
 NEARLY = np.float32(1e-6)
 INCOMING = -2
@@ -68,15 +69,15 @@ def inside(vectors: Floats, limit: Floats, k: int) -> tuple[Ids, Ids, Floats]:
         # a product may be another in its last bits in a block of another shape
         limit = np.minimum(limit, among(vectors, k).distances[:, -1:].max(1, initial=0) + NEARLY)
     reach = np.float32(1) - limit.astype(np.float32)
-    found = []
+    held, found = torch.from_numpy(np.ascontiguousarray(vectors, dtype=np.float32)), []
     for start in range(0, q, blocks.ROWS):
         # what is before these rows has been compared with them
-        rows, rest = vectors[start : start + blocks.ROWS], vectors[start:]
-        products = rows @ rest.T
+        with one_thread():
+            products = torch.mm(held[start : start + blocks.ROWS], held[start:].T).numpy()
         marks = products > reach[start : start + blocks.ROWS, None]
         marks |= products > reach[start:]
         at = np.flatnonzero(marks)
-        row, column = np.divmod(at, len(rest))
+        row, column = np.divmod(at, q - start)
         once = column > row
         found.append((row[once] + start, column[once] + start, products.reshape(-1)[at[once]]))
     one, two, cosines = (np.concatenate(part) for part in zip(*found, strict=True))
