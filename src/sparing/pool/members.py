@@ -270,7 +270,7 @@ class Members:
         return alone
 
     def state(self) -> dict[str, Any]:
-        """All but the indexes, in arrays that share memory."""
+        """All but the indexes."""
         parts = {"main": self.main.state(), "groups": self.groups.state()}
         if self.second is not None:
             parts["second"] = self.second.state()

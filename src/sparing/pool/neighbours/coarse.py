@@ -71,7 +71,9 @@ def _rotation(dim: int) -> Tensor:
     """(d, d) float64, at random and always the same."""
     random = torch.Generator().manual_seed(0)
     with one_thread():
-        return torch.linalg.qr(torch.randn(dim, dim, generator=random, dtype=torch.float64)).Q
+        noise = torch.randn(dim, dim, generator=random, dtype=torch.float64)
+        found: Tensor = torch.linalg.qr(noise).Q
+    return found
 
 
 def _fastest(device: torch.device) -> str:

@@ -40,9 +40,9 @@ class Exact(Neighbours):
     """Blockwise search over all vectors.
 
     precision: "float32"; "bfloat16" or "int8", in which all is found that may be among a row's k
-    nearest, and then ranked in float32; or "auto", what is fastest on the device. The result is that
-    of float32 in all of them, pairs of ``join`` too: see ``coarse``. 9 bytes an item besides the
-    vectors (4 bytes an entry, and 2 or 1 more to search by).
+    nearest, and then ranked in float32; or "auto", what is fastest on the device. The result is
+    that of float32 in all of them, pairs of ``join`` too: see ``coarse``. 9 bytes an item besides
+    the vectors (4 bytes an entry, and 2 or 1 more to search by).
     """
 
     kind: ClassVar[str] = "exact"
@@ -96,9 +96,7 @@ class Exact(Neighbours):
             return self._search(vectors, k, self.radii(radius), threads)
 
     @torch.no_grad()
-    def _search(
-        self, vectors: Floats, k: int, radius: Floats | None, threads: int
-    ) -> Joined:
+    def _search(self, vectors: Floats, k: int, radius: Floats | None, threads: int) -> Joined:
         require_whole("k", k, 0)
         held, coarse = self.rows, self.coarse
         queries = torch.from_numpy(self.checked(vectors)).to(held.device)

@@ -161,20 +161,22 @@ class Rows:
         return wide
 
     def _reserve(self, wanted: int) -> None:
-        capacity = len(self.at)
-        if wanted <= capacity:
-            return
-        capacity = max(LEAST, wanted, 2 * capacity)
-        at = np.full(capacity, NOBODY, dtype=np.int64)
-        at[: self.used] = self.at[: self.used]
+        if wanted > len(self.at):
+            # few more, as memory an item counts; vectors, which are long, are copied more seldom
+            room = max(LEAST, wanted, len(self.at) * 33 // 32)
+            at = np.full(room, NOBODY, dtype=np.int64)
+            at[: self.used] = self.at[: self.used]
+            alive = np.zeros(room, dtype=bool)
+            alive[: self.used] = self.alive[: self.used]
+            self.at, self.alive = at, alive
         grown = []
         for tensor in self.tensors:
-            fresh = tensor.new_empty(capacity, self.dim)
-            fresh[: self.used] = tensor[: self.used]
-            grown.append(fresh)
-        alive = np.zeros(capacity, dtype=bool)
-        alive[: self.used] = self.alive[: self.used]
-        self.at, self.alive, self.tensors = at, alive, tuple(grown)
+            if wanted > len(tensor):
+                fresh = tensor.new_empty(max(LEAST, wanted, 2 * len(tensor)), self.dim)
+                fresh[: self.used] = tensor[: self.used]
+                tensor = fresh
+            grown.append(tensor)
+        self.tensors = tuple(grown)
 
 
 def fetch(tensor: Tensor, places: Ids) -> Floats:
