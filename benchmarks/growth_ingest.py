@@ -6,8 +6,10 @@ Vectors of 256 numbers from a generator of clusters, in batches of 1,000, to a p
 one on the disk, each batch durable before the next: growing from 0 to 20,000, and 8,000 more on top
 of these. ``--million`` goes on to one million in memory, with recall@4 and the gain's error for a
 sample of items whose true neighbours were computed; a neighbour within 1e-3 of the true fourth
-distance counts as found. The released loop looks up and adds one item after the other in hnswlib
-(M 48, ef_construction 100, ef 32, k 4), for the first ``--loop`` items.
+distance counts as found. A batch into a pool of its own comes first: packages are imported once a
+process. Memory is all that a pool on the disk holds in arrays and objects besides the index's
+vectors and codes, for each item after the first batch. The released loop looks up and adds one item
+after the other in hnswlib (M 48, ef_construction 100, ef 32, k 4), for the first ``--loop`` items.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from held_memory import besides
 from record import write
 from sparing.pool.gain import expected
 from sparing.pool.growth import Growth
@@ -50,8 +53,9 @@ def same(batch: torch.Tensor) -> torch.Tensor:
 def grow(path: Path | None, seed: int, count: int) -> tuple[Growth, dict[str, float]]:
     """A pool of so many items, and items a second of wall time and of one core's CPU time."""
     pool = Growth(path, encoder=same, clean=False, seed=seed)
-    ends = {FIRST: "0 to 20,000", FIRST + MORE: "20,000 to 28,000", count: f"to {count:,}"}
-    told, done, last, wall, cpu = {}, 0, 0, 0.0, 0.0
+    ends = {count: f"to {count:,}", FIRST: "0 to 20,000", FIRST + MORE: "20,000 to 28,000"}
+    told: dict[str, float] = {}
+    done, last, wall, cpu, held = 0, 0, 0.0, 0.0, 0
     for rows in stream(seed, count):
         batch = torch.from_numpy(rows)
         start = time.perf_counter(), time.process_time()
@@ -59,11 +63,15 @@ def grow(path: Path | None, seed: int, count: int) -> tuple[Growth, dict[str, fl
         wall += time.perf_counter() - start[0]
         cpu += time.process_time() - start[1]
         done += len(rows)
+        if path is not None and done == BATCH:
+            held = besides(pool)
         if done in ends:
             told[f"{ends[done]}, a second"] = round((done - last) / wall)
             told[f"{ends[done]}, a CPU second"] = round((done - last) / cpu)
             last, wall, cpu = done, 0.0, 0.0
             print(path is not None, told, flush=True)
+    if path is not None and done > BATCH:
+        told["bytes of memory an item"] = round((besides(pool) - held) / (done - BATCH), 1)
     return pool, told
 
 
@@ -118,6 +126,7 @@ def main() -> None:
     seed, results = 0, {}
     folder = Path(tempfile.mkdtemp())
     try:
+        grow(folder / "first", seed + 1, BATCH)[0].close()
         pool, results["on the disk"] = grow(folder / "pool", seed, FIRST + MORE)
         results["bytes an item on the disk besides vectors and payload"] = beside(folder / "pool")
         pool.close()

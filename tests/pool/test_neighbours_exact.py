@@ -11,7 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparing.core.errors import RequestError
-from sparing.pool.neighbours import NOBODY, Exact, blocks, both, inside, load, neighbours
+from sparing.pool.neighbours import (
+    NOBODY,
+    Exact,
+    blocks,
+    both,
+    inside,
+    load,
+    neighbours,
+    within,
+)
 from sparing.pool.neighbours.coarse import Coarse
 
 PRECISIONS = ["float32", "bfloat16", "int8"]
@@ -296,7 +305,7 @@ def test_neighbours_inside_a_batch_equal_brute_force(
     known: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of rows whose limit is known all that are nearer, of the others the nearest."""
-    monkeypatch.setattr(blocks, "ROWS", 40)
+    monkeypatch.setattr(within, "INSIDE", 40)
     random = np.random.default_rng(6)
     vectors = unit(random, 150, 8)
     vectors[100:106] = vectors[3]

@@ -1,9 +1,10 @@
 """The nearest neighbours of every item, kept right while items come and go.
 
-A row for each item, found by its place: M neighbours' places (3 bytes each, 4 of more than 8 million
-items) and distances (float16). An item that comes brings its own row, and enters the rows of those that it is nearer to
-than their M-th: its reverse neighbours. An item that goes leaves gaps, which are filled anew from
-the index. No work is done for any other row, and nothing loops over items in Python.
+A row for each item, found by its place: M neighbours' places (3 bytes each, 4 in a set of more than
+8 million) and distances (float16). An item that comes brings its own row, and enters the rows of
+those that it is nearer to than their M-th: its reverse neighbours. An item that goes leaves gaps,
+which are filled anew from the index. No work is done for any other row, and nothing loops over
+items in Python.
 """
 
 from __future__ import annotations

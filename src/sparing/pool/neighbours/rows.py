@@ -109,12 +109,14 @@ class Rows:
         self.at[start:end] = ids
         self.alive[start:end] = True
         self.used = end
-        self.write(np.arange(start, end), vectors)
+        self._write(slice(start, end), vectors)
 
     def write(self, places: Ids, vectors: Floats) -> None:
         """Set the vectors at these places."""
+        self._write(torch.from_numpy(places).to(self.device), vectors)
+
+    def _write(self, where: Tensor | slice, vectors: Floats) -> None:
         given = torch.from_numpy(vectors).to(self.device)
-        where = torch.from_numpy(places).to(self.device)
         for number, tensor in enumerate(self.tensors):
             last = number == len(self.tensors) - 1
             rows = self.coded(given) if self.coded and last else given.to(tensor.dtype)

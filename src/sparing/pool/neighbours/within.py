@@ -18,9 +18,11 @@ from sparing.pool.neighbours.protocol import (
     empty,
     no_pairs,
 )
-from sparing.pool.neighbours.threads import one_thread
+from sparing.pool.neighbours.threads import in_threads, one_thread
 
 NEARLY = np.float32(1e-6)
+INSIDE = 256
+"""Rows of a batch that are compared with those behind them at once."""
 INCOMING = -2
 """The id of the batch's row j reads -2 - j as long as it has none."""
 
@@ -69,18 +71,21 @@ def inside(vectors: Floats, limit: Floats, k: int) -> tuple[Ids, Ids, Floats]:
         # a product may be another in its last bits in a block of another shape
         limit = np.minimum(limit, among(vectors, k).distances[:, -1:].max(1, initial=0) + NEARLY)
     reach = np.float32(1) - limit.astype(np.float32)
-    held, found = torch.from_numpy(np.ascontiguousarray(vectors, dtype=np.float32)), []
-    for start in range(0, q, blocks.ROWS):
+    held = torch.from_numpy(np.ascontiguousarray(vectors, dtype=np.float32))
+
+    def part(start: int) -> tuple[Ids, Ids, Floats]:
         # what is before these rows has been compared with them
-        with one_thread():
-            products = torch.mm(held[start : start + blocks.ROWS], held[start:].T).numpy()
-        marks = products > reach[start : start + blocks.ROWS, None]
+        products = torch.mm(held[start : start + INSIDE], held[start:].T).numpy()
+        marks = products > reach[start : start + INSIDE, None]
         marks |= products > reach[start:]
         at = np.flatnonzero(marks)
         row, column = np.divmod(at, q - start)
         once = column > row
-        found.append((row[once] + start, column[once] + start, products.reshape(-1)[at[once]]))
-    one, two, cosines = (np.concatenate(part) for part in zip(*found, strict=True))
+        return row[once] + start, column[once] + start, products.reshape(-1)[at[once]]
+
+    with one_thread() as threads:
+        found = in_threads(part, range(0, q, INSIDE), threads)
+    one, two, cosines = (np.concatenate(side) for side in zip(*found, strict=True))
     ways = np.concatenate([one, two]), np.concatenate([two, one])
     apart = np.tile(np.maximum(1 - cosines, 0), 2)
     near = apart < limit[ways[0]]

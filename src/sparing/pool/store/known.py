@@ -14,9 +14,9 @@ _Run = tuple[NDArray[np.uint64], NDArray[np.uint32], NDArray[np.uint32]]
 class Known:
     """Keys of 64 or 128 bits in sorted runs; those of 128 bits each with a number of 32 bits.
 
-    Of 128 bits the first 64 and the last 32 are held: no two of 2^40 keys that are hashes agree in
-    these by chance. New keys make a new run, and runs of about one length are merged, so that adding is not linear
-    in what is there: log2(n) runs at most, 8 or 16 bytes a key.
+    Of 128 bits the first 64 and the last 32 are held: hashes of a store's items do not agree in
+    these by chance. New keys make a new run, and runs of about one length are merged, so that
+    adding is not linear in what is there: log2(n) runs at most, 8 or 16 bytes a key.
     """
 
     def __init__(self, words: int) -> None:
