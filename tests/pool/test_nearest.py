@@ -144,9 +144,11 @@ def test_newcomers_beyond_room_and_known_ones_do_nothing() -> None:
         Nearest.of({"who": table.who, "distances": table.distances[:2]})
 
 
-def test_an_item_takes_at_most_sixty_four_bytes() -> None:
-    state = Nearest().state()
-    assert sum(part.itemsize * part.shape[1] for part in state.values()) <= 64
+def test_an_item_takes_at_most_fifty_two_bytes() -> None:
+    table = Nearest()
+    for _ in range(50):
+        table.grow_(100)
+    assert table.bytes / 5000 <= 52
 
 
 def test_places_beyond_three_bytes_are_held_too(monkeypatch: pytest.MonkeyPatch) -> None:

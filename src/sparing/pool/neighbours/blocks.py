@@ -96,7 +96,8 @@ def near(
         part = queries[start : start + height]
         size = len(part) * min(width, len(stored))
         products = torch.empty(size, dtype=_of_products(queries), device=queries.device)
-        room = _Room(products, np.empty((2, size), bool), width)
+        on_cpu = products.device.type == "cpu"
+        room = _Room(products, np.empty((2, size if on_cpu else 0), bool), width)
         low = _limit(part, *sample, k, margin, room)
         found = _entries(part, stored, low, holes, bound, room)
         return then(start, len(part), _thinned(found, len(part), k, margin, bound))
@@ -222,9 +223,9 @@ def _marked(
     if flat.size % 8:
         places = np.flatnonzero(flat)
     else:  # eight entries are looked at together: nearly all such words are 0
-        words = np.flatnonzero(flat.view(np.int64))
-        word, within = np.nonzero(flat.reshape(-1, 8)[words])
-        places = words[word] * 8 + within
+        words = np.flatnonzero(flat.view(np.int64) != 0)
+        within = np.flatnonzero(flat.reshape(-1, 8)[words])
+        places = (words[within >> 3] << 3) + (within & 7)
     return places, held.reshape(-1)[places]
 
 
