@@ -150,7 +150,11 @@ def _limit(
     tops = torch.cat(greatest, 1)
     if tops.shape[1] <= k:
         return torch.full((q, 1), least, dtype=dtype, device=queries.device)
-    kth = tops.topk(k, dim=1, sorted=False).values.amin(1, keepdim=True)
+    if _by_numpy(tops):  # several times as fast
+        n = tops.shape[1]
+        kth = torch.from_numpy(np.partition(tops.numpy(), n - k, axis=1)[:, n - k, None])
+    else:
+        kth = tops.topk(k, dim=1, sorted=False).values.amin(1, keepdim=True)
     return (kth - (margin if dtype.is_floating_point else int(margin) + 1)).clamp_(min=least)
 
 
@@ -205,7 +209,7 @@ def _marked(
     found: Tensor, low: Tensor, bound: Tensor | None, room: NDArray[np.bool_]
 ) -> tuple[NDArray[np.int64], NDArray[Any]]:
     """Where a block's entries reach ``low``, (q, 1), or are above ``bound``, (w,); and these."""
-    if found.device.type != "cpu" or found.dtype == torch.bfloat16:
+    if not _by_numpy(found):
         mark = torch.ge(found, low)
         if bound is not None:
             mark |= found > bound
@@ -275,6 +279,10 @@ def _best(found: Entries, q: int, c: int) -> tuple[NDArray[Any], NDArray[np.int6
 
 def _of_products(queries: Tensor) -> torch.dtype:
     return torch.int32 if queries.dtype == torch.int8 else queries.dtype
+
+
+def _by_numpy(values: Tensor) -> bool:
+    return values.device.type == "cpu" and values.dtype != torch.bfloat16
 
 
 def _numbers(values: Tensor) -> NDArray[Any]:
