@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from sparing.core.errors import RequestError
+from sparing.pool import nearest
 from sparing.pool.gain import expected, published
 from sparing.pool.nearest import NOBODY, Nearest, nearest_columns
 from sparing.pool.neighbourhood import Neighbourhood
@@ -143,6 +144,22 @@ def test_newcomers_beyond_room_and_known_ones_do_nothing() -> None:
         Nearest.of({"who": table.who, "distances": table.distances[:2]})
 
 
-def test_an_item_takes_at_most_sixty_four_bytes() -> None:
-    state = Nearest().state()
-    assert sum(part.itemsize * part.shape[1] for part in state.values()) <= 64
+def test_an_item_takes_at_most_fifty_two_bytes() -> None:
+    table = Nearest()
+    for _ in range(50):
+        table.grow_(100)
+    assert table.bytes / 5000 <= 52
+
+
+def test_places_beyond_three_bytes_are_held_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nearest, "_SMALL", 70_000)
+    table = Nearest(2)
+    table.grow_(69_999)
+    table.set_(np.array([5]), np.array([[69_998, NOBODY]]), np.array([[0.25, np.inf]]))
+    small = table.bytes
+    table.grow_(80_000)
+    assert table.bytes / small > 2.2
+    table.merge_((np.array([5]), np.array([140_000]), np.array([0.125])))
+    assert table.who[5].tolist() == [140_000, 69_998]
+    assert table.who[149_998].tolist() == [NOBODY, NOBODY]
+    assert table.who[69_998].tolist() == [NOBODY, NOBODY]

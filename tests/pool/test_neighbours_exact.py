@@ -11,7 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparing.core.errors import RequestError
-from sparing.pool.neighbours import NOBODY, Exact, blocks, both, load, neighbours
+from sparing.pool.neighbours import (
+    NOBODY,
+    Exact,
+    blocks,
+    both,
+    inside,
+    load,
+    neighbours,
+    within,
+)
 from sparing.pool.neighbours.coarse import Coarse
 
 PRECISIONS = ["float32", "bfloat16", "int8"]
@@ -184,14 +193,14 @@ def test_an_index_has_no_capacity_and_takes_removed_ids_again() -> None:
 
 def test_saved_and_loaded_it_answers_the_same(tmp_path: Path) -> None:
     random = np.random.default_rng(3)
-    index = Exact(12, precision="bfloat16", candidates=9)
+    index = Exact(12, precision="bfloat16")
     index.add(np.arange(200)[::-1].copy(), unit(random, 200, 12))
     index.remove(np.array([5, 9]))
     index.save(tmp_path / "index")
     again = load(tmp_path / "index")
     queries = unit(random, 20, 12)
     assert isinstance(again, Exact)
-    assert (again.candidates, again.precision) == (9, "bfloat16")
+    assert again.precision == "bfloat16"
     np.testing.assert_array_equal(again.ids(), index.ids())
     for one, other in zip(index.query(queries, 4), again.query(queries, 4), strict=True):
         np.testing.assert_array_equal(one, other)
@@ -232,7 +241,7 @@ def test_unknown_ids_and_kinds_are_errors() -> None:
 
 
 def test_what_a_coarse_product_cannot_tell_apart_float32_does() -> None:
-    """More neighbours within the rounding of int8 than there are candidates."""
+    """Many neighbours within the rounding of int8 and of bfloat16."""
     random = np.random.default_rng(4)
     one = unit(random, 1, 64)
     crowd = one + 0.1 * unit(random, 400, 64) * random.uniform(0.2, 1, (400, 1))
@@ -240,7 +249,7 @@ def test_what_a_coarse_product_cannot_tell_apart_float32_does() -> None:
     vectors = np.concatenate([crowd, unit(random, 2000, 64)])
     near, _ = nearest(brute(vectors, one), np.arange(2400), 3)
     for precision in PRECISIONS:
-        index = Exact(64, precision=precision, candidates=1)
+        index = Exact(64, precision=precision)
         index.add(np.arange(2400), vectors)
         found = index.query(one, 3)
         np.testing.assert_allclose(found.distances, near, atol=1e-6)
@@ -265,3 +274,51 @@ def test_coarse_products_stay_within_their_slack(dim: int) -> None:
             assert torch.equal(torch._int_mm(left, right.T).double(), exact)
         assert (products / coarse.scale - cosines).abs().max() < coarse.slack
         assert (products / coarse.scale - cosines).abs().max() > coarse.slack / 100
+
+
+def test_threads_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "FEWEST", 16)
+    random = np.random.default_rng(5)
+    vectors, queries = unit(random, 3000, 16), unit(random, 100, 16)
+    index = Exact(16)
+    index.add(np.arange(3000), vectors)
+    radius = random.uniform(0.1, 0.4, 3000).astype("f4")
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            found.append(index.join(queries, 4, radius))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    one, more = found
+    assert len(one.pairs.rows) > 100
+    np.testing.assert_array_equal(one.distances, more.distances)
+    np.testing.assert_array_equal(one.ids, more.ids)
+    for first, second in zip(one.pairs, more.pairs, strict=True):
+        np.testing.assert_array_equal(first, second)
+
+
+@pytest.mark.parametrize("known", [0.0, 0.5, 1.0])
+def test_neighbours_inside_a_batch_equal_brute_force(
+    known: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of rows whose limit is known all that are nearer, of the others the nearest."""
+    monkeypatch.setattr(within, "INSIDE", 40)
+    random = np.random.default_rng(6)
+    vectors = unit(random, 150, 8)
+    vectors[100:106] = vectors[3]
+    limit = np.where(random.random(150) < known, random.uniform(0.02, 0.5, 150), np.inf)
+    limit = limit.astype(np.float32)
+    rows, others, apart = inside(vectors, limit, 5)
+    truth = brute(vectors, vectors)
+    np.fill_diagonal(truth, 9)
+    np.testing.assert_allclose(apart, truth[rows, others], atol=1e-6)
+    assert (np.diff(rows * 150 + others) > 0).all()
+    pairs = set(zip(rows.tolist(), others.tolist(), strict=True))
+    fifth = np.sort(truth, axis=1)[:, 4]
+    needed = truth < np.minimum(limit, fifth)[:, None] - 1e-6
+    assert needed.sum() > (0 if known == 1 else 300)
+    assert set(zip(*(part.tolist() for part in np.nonzero(needed)), strict=True)) <= pairs
+    assert (apart < limit[rows]).all()

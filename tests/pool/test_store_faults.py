@@ -6,6 +6,7 @@ import errno
 import os
 import resource
 import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -295,3 +296,73 @@ def test_kills_at_random_moments(tmp_path: Path) -> None:
                 np.testing.assert_array_equal(store.vectors()[-3:], unit(3, total - 3))
     assert check(path) == []
     assert total > 0
+
+
+def test_what_is_flushed_is_on_the_disk_before_the_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk works beside the caller; what is written after it began is forced again."""
+    create(tmp_path / "s")
+    under_way: set[int] = set()
+    dirty: set[Path] = set()
+    begun: list[int] = []
+
+    def slow(handle: int) -> None:
+        under_way.add(handle)
+        begun.append(handle)
+        time.sleep(0.05)
+        os.fsync(handle)
+        under_way.discard(handle)
+
+    def watch(operation: str, path: Path, size: int) -> None:
+        if operation == "write":
+            dirty.add(path)
+        elif operation == "sync":
+            dirty.discard(path)
+        elif operation == "commit":
+            assert not under_way
+            assert not dirty
+
+    monkeypatch.setattr(disk, "_SYNC", slow)
+    disk.watch = watch
+    with Store.open(tmp_path / "s", write=True) as store:
+        with store.together("both"):
+            store.append(texts(3, "a"), Vectors(main=unit(3, 0)), source="s")
+            store.flush()
+            first = len(begun)
+            store.append(texts(3, "b"), Vectors(main=unit(3, 1)), source="s")
+            store.flush()
+        assert store.size == 6
+    assert first
+    assert len(begun) > 2 * first - 1  # the shards are the same, and were forced twice
+    assert check(tmp_path / "s") == []
+
+
+def test_a_flush_that_fails_takes_back_the_whole_block(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create(tmp_path / "s")
+
+    def broken(handle: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def add(store: Store, name: str, fails: bool = False) -> None:
+        with store.together("one"):
+            store.append(texts(3, name), Vectors(main=unit(3, 0)), source="s")
+            store.flush()
+            if fails:
+                raise ValueError("the caller's own")
+
+    with Store.open(tmp_path / "s", write=True) as store:
+        add(store, "a")
+        with monkeypatch.context() as patch:
+            patch.setattr(disk, "_SYNC", broken)
+            with pytest.raises(RunError, match="No space left"):
+                add(store, "b")
+        assert store.size == 3
+        with pytest.raises(ValueError, match="own"):
+            add(store, "b", fails=True)
+        assert store.size == 3
+        add(store, "b")
+        assert [item.text for item in store.items([3])] == ["b 0 "]
+    assert check(tmp_path / "s") == []

@@ -136,6 +136,7 @@ class Growth:
             marks = self._intake.marks(taken)
             columns = None if marks is None else {IMAGE_HASH: marks}
             added = store.append(taken, made.vectors, source=source, cursor=cursor, columns=columns)
+            store.flush()  # the disk works while neighbours are looked for
             ids[made.rows] = added.ids
             new = np.flatnonzero(added.ids >= 0)
             second = None if made.vectors.second is None else made.vectors.second[new]

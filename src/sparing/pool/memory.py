@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from sparing.core.errors import RequestError
 from sparing.pool.items import IMAGE_HASH, UNLABELLED, Added, Drop, Item, Vectors
-from sparing.pool.store import content_hash
+from sparing.pool.store import content_hash, content_hashes
 
 Ids = NDArray[np.int64]
 
@@ -21,6 +21,8 @@ EMPTY: Final[Mapping[str, Any]] = {
     IMAGE_HASH: np.uint64(0),
 }
 """What a column holds where nothing was said; others hold -1, or NaN where they are floating."""
+BLOCK: Final = 4096
+"""Vectors that lie together."""
 
 
 @final
@@ -46,6 +48,9 @@ class MemoryStore:
     @contextmanager
     def together(self, note: str = "") -> Iterator[None]:
         yield
+
+    def flush(self) -> None:
+        """Nothing to do."""
 
     def close(self) -> None:
         """Nothing to do."""
@@ -74,7 +79,7 @@ class MemoryStore:
         cursor: Any = None,
         columns: Mapping[str, NDArray[Any]] | None = None,
     ) -> Added:
-        marks = [content_hash(item) for item in items]
+        marks = content_hashes(items)
         first: dict[bytes, int] = {}
         drops: list[Drop] = []
         new: list[int] = []
@@ -152,8 +157,7 @@ class MemoryStore:
     def vectors(self, ids: Ids | None = None, which: str = "main") -> NDArray[np.float32]:
         if which not in self._rows:
             raise RequestError(f'there are no vectors "{which}"')
-        rows = self._rows[which].rows
-        return rows if ids is None else rows[self._at(ids)]
+        return self._rows[which].at(np.arange(self.size) if ids is None else self._at(ids))
 
     def items(self, ids: Ids) -> list[Item]:
         self._at(ids)
@@ -189,28 +193,36 @@ class MemoryStore:
 
 @final
 class Growing:
-    """Rows appended in amortised linear time."""
+    """Rows in blocks of one size, so that what is there is never copied when more come."""
 
     def __init__(self, dim: int) -> None:
-        self._room: NDArray[np.float32] = np.empty((0, dim), np.float32)
+        self._dim = dim
+        self._blocks: list[NDArray[np.float32]] = []
         self._size = 0
 
-    @property
-    def rows(self) -> NDArray[np.float32]:
-        return self._room[: self._size]
-
     def add_(self, rows: NDArray[np.float32]) -> None:
-        size = self._size + len(rows)
-        if size > len(self._room):
-            room = np.empty((size + size // 2, self._room.shape[1]), np.float32)
-            room[: self._size] = self.rows
-            self._room = room
-        self._room[self._size : size] = rows
-        self._size = size
+        while len(rows):
+            used = self._size % BLOCK
+            if not used:
+                self._blocks.append(np.empty((BLOCK, self._dim), np.float32))
+            part = rows[: BLOCK - used]
+            self._blocks[-1][used : used + len(part)] = part
+            self._size += len(part)
+            rows = rows[len(part) :]
+
+    def at(self, places: Ids) -> NDArray[np.float32]:
+        """Of these places, of which each must be there, a copy."""
+        out = np.empty((len(places), self._dim), np.float32)
+        block = places // BLOCK
+        for number in np.unique(block).tolist():
+            here = block == number
+            out[here] = self._blocks[number][places[here] % BLOCK]
+        return out
 
     def keep_(self, stays: NDArray[np.bool_]) -> None:
-        self._room = self.rows[stays].copy()
-        self._size = len(self._room)
+        kept = self.at(np.flatnonzero(stays))
+        self._blocks, self._size = [], 0
+        self.add_(kept)
 
 
 def _empty(name: str, dtype: Any) -> Any:

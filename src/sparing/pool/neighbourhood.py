@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from sparing.core.errors import RequestError
 from sparing.pool.gain import expected, published
-from sparing.pool.nearest import KEEP, NOBODY, Nearest, nearest_columns
-from sparing.pool.neighbours import Joined
+from sparing.pool.nearest import KEEP, NOBODY, Nearest, least, nearest_columns
+from sparing.pool.neighbours import Joined, by_row, inside
 from sparing.pool.tail import PROBES, Profile, Tail
 
 BLOCK: Final = 1024
@@ -55,7 +55,7 @@ class Neighbourhood:
         self.index = index
         self.k, self.frozen, self.seed = k, frozen, seed
         self.table = Nearest(max(keep, k))
-        self._ids: Ids = np.empty(0, np.int64)
+        self._ids: Ids | None = None  # where nothing is missing a place is an id
         self._first: Rows = np.empty(0, np.float32)
         self._tail: tuple[Tail, int, int] | None = None
         self._changes = 0
@@ -67,7 +67,7 @@ class Neighbourhood:
     @property
     def ids(self) -> Ids:
         """The item of each place, ascending: (N,)."""
-        return self._ids[: len(self.table)]
+        return np.arange(len(self.table)) if self._ids is None else self._ids
 
     # ---- items come and go -------------------------------------------------------------------
 
@@ -78,16 +78,15 @@ class Neighbourhood:
 
     def make_room_(self, ids: Ids) -> None:
         """Places for ids above all others, ascending, which nobody has yet."""
-        last = self.ids[-1] if len(self.table) else -1
-        if ids.size and (ids[0] <= last or (np.diff(ids) <= 0).any()):
-            raise RequestError("new items need ids above all others, in ascending order")
-        places = self.table.grow_(ids.size)
+        if not ids.size:
+            return
         size = len(self.table)
-        if size > self._ids.size:
-            room = np.empty(size + size // 2, np.int64)
-            room[: places[0]] = self._ids[: places[0]]
-            self._ids = room
-        self._ids[places] = ids
+        last = size - 1 if self._ids is None else self._ids[-1] if size else -1
+        if ids[0] <= last or (np.diff(ids) <= 0).any():
+            raise RequestError("new items need ids above all others, in ascending order")
+        if self._ids is not None or ids[-1] != size + ids.size - 1:
+            self._ids = np.concatenate([self.ids, ids])
+        places = self.table.grow_(ids.size)
         self.table.leave_(places)
         if self.frozen:
             self._first = np.append(self._first, np.full(ids.size, np.nan, np.float32))
@@ -109,23 +108,27 @@ class Neighbourhood:
         Nothing may have come or gone since.
         """
         keep, places = self.table.keep, self.places(ids)
-        inside = 1 - vectors @ vectors.T
-        np.maximum(inside, 0, out=inside)
-        np.fill_diagonal(inside, np.inf)
-        near, columns = nearest_columns(inside, keep)
+        one, two, apart = inside(vectors, stored.distances[:, -1], keep)
+        near, slots = by_row(one, apart, len(ids), np.float32(np.inf))
+        names = np.full(near.shape, NOBODY, np.int64)
+        names[one, slots] = places[two]
         far = np.concatenate([stored.distances, near], 1)
-        who = np.concatenate([self.places(stored.ids), np.append(places, NOBODY)[columns]], 1)
-        best = np.argsort(far, axis=1, kind="stable")[:, :keep]
+        who = np.concatenate([self.places(stored.ids), names], 1)
+        best = least(far, keep)
         if self.frozen:
-            before = np.where(np.tri(len(inside), k=-1, dtype=bool), inside, np.float32(np.inf))
-            earlier, _ = nearest_columns(before, self.k)
-            both = np.concatenate([stored.distances[:, : self.k], earlier], 1)
-            self._first[places] = published(np.sort(both, axis=1), self.k)
+            self._first[places] = self._as_of_arrival(vectors, stored.distances)
         self.table.set_(places, np.take_along_axis(who, best, 1), np.take_along_axis(far, best, 1))
         at, rows, distances = stored.pairs
         self.table.merge_((self.places(at), places[rows], distances))
         self.index.add(ids, vectors)
         self._changes += 1
+
+    def _as_of_arrival(self, vectors: Rows, stored: Rows) -> Rows:
+        """Gains by the released rule: among what is stored and the rows before each."""
+        between = np.maximum(1 - vectors @ vectors.T, 0)
+        before = np.where(np.tri(len(between), k=-1, dtype=bool), between, np.float32(np.inf))
+        earlier, _ = nearest_columns(before, self.k)
+        return published(np.sort(np.concatenate([stored[:, : self.k], earlier], 1), axis=1), self.k)
 
     def radius(self, ids: Ids) -> Rows:
         """The distances (n,) below which a newcomer enters these items' lists."""
@@ -162,16 +165,15 @@ class Neighbourhood:
 
     def places(self, ids: NDArray[Any]) -> Ids:
         """The places of ids, of any shape; NOBODY stays."""
-        known = self.ids
-        if known.size and known[-1] == known.size - 1:
-            return np.asarray(ids, np.int64)  # nothing is missing: a place is an id
-        found = np.searchsorted(known, ids)
+        if self._ids is None:
+            return np.asarray(ids, np.int64)
+        found = np.searchsorted(self._ids, ids)
         return np.where(np.asarray(ids) == NOBODY, NOBODY, found)
 
     # ---- on the disk -------------------------------------------------------------------------
 
     def state(self) -> dict[str, NDArray[Any]]:
-        """All but the index, in arrays that share memory."""
+        """All but the index."""
         return {**self.table.state(), "ids": self.ids, "first": self._first}
 
     def load_(self, state: Mapping[str, NDArray[Any]]) -> None:
@@ -180,7 +182,9 @@ class Neighbourhood:
         if table.keep != self.table.keep or int(table.present().sum()) != len(self.index):
             raise RequestError("the neighbours' table is not that of this index")
         self.table = table
-        self._ids, self._first = state["ids"].copy(), state["first"].copy()
+        ids = state["ids"]
+        self._ids = None if not ids.size or ids[-1] == ids.size - 1 else ids.copy()
+        self._first = state["first"].copy()
         self._changes += 1
 
     # ---- what they are worth -----------------------------------------------------------------

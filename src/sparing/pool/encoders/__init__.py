@@ -66,7 +66,7 @@ def encode(encoder: Encoder, items: Sequence[Item]) -> Encoded:
     vectors: Vectors | None = None
     while vectors is None and len(rows):
         try:
-            vectors = encoder([items[int(row)] for row in rows])
+            vectors = encoder([items[row] for row in rows.tolist()])
         except UnreadableError as error:
             bad = sorted(error.details)
             if not bad or bad[0] < 0 or bad[-1] >= len(rows):
@@ -81,6 +81,9 @@ def encode(encoder: Encoder, items: Sequence[Item]) -> Encoded:
     if vectors.second is not None:
         second, also = unit(_rows(vectors.second, len(rows), encoder))
         wrong = {**also, **wrong}
+    if not wrong:
+        made = Vectors(main=main, second=second)
+        return Encoded(vectors=made, rows=rows, drops=_drops(items, drops))
     drops.update({int(rows[at]): f"the encoder gives {what}" for at, what in wrong.items()})
     keep = np.setdiff1d(np.arange(len(rows)), np.fromiter(wrong, np.int64, len(wrong)))
     kept = Vectors(main=main[keep], second=None if second is None else second[keep])
@@ -92,8 +95,12 @@ def unit(rows: NDArray[np.floating[Any]]) -> tuple[NDArray[np.float32], dict[int
     wide = np.asarray(rows, dtype=np.float32)
     lengths = np.sqrt(np.einsum("nd,nd->n", wide, wide, dtype=np.float64))
     finite, long = np.isfinite(lengths), lengths > _SHORTEST
+    made = np.empty(wide.shape, np.float32)
     with np.errstate(invalid="ignore", over="ignore"):
-        made = (wide / np.where(finite & long, lengths, 1.0)[:, None]).astype(np.float32)
+        by = np.where(finite & long, lengths, 1.0)[:, None]
+        # in float64 only what float32 does not hold
+        inside = bool((by < np.finfo(np.float32).max).all())
+        np.divide(wide, by.astype(np.float32) if inside else by, out=made, casting="same_kind")
     wrong = {int(at): "a vector with NaN or infinity" for at in np.flatnonzero(~finite)}
     wrong |= {int(at): "a vector of zeros" for at in np.flatnonzero(finite & ~long)}
     return made, wrong

@@ -7,6 +7,7 @@ from typing import Any
 
 from sparing.core.errors import RunError, unknown
 from sparing.pool.neighbours.auto import Auto
+from sparing.pool.neighbours.blocks import by_row
 from sparing.pool.neighbours.exact import Exact
 from sparing.pool.neighbours.graph import Graph
 from sparing.pool.neighbours.inverted import Inverted
@@ -19,7 +20,7 @@ from sparing.pool.neighbours.protocol import (
     Pairs,
     read_state,
 )
-from sparing.pool.neighbours.within import INCOMING, among, both
+from sparing.pool.neighbours.within import INCOMING, among, both, inside
 
 __all__ = [
     "INCOMING",
@@ -35,6 +36,8 @@ __all__ = [
     "Recall",
     "among",
     "both",
+    "by_row",
+    "inside",
     "load",
     "neighbours",
     "probe",

@@ -7,12 +7,14 @@ whether a candidate was missed, the row is searched again in float32, so that no
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import Final, final
 
 import torch
 from torch import Tensor
 
 from sparing.pool.neighbours import blocks
+from sparing.pool.neighbours.threads import one_thread
 
 PRECISIONS: Final = ("auto", "float32", "bfloat16", "int8")
 REACH: Final = 6.0
@@ -42,20 +44,19 @@ class Coarse:
         self.scale = 1.0
         self.slack = 2.0**-20 if self.plain else 2.0**-6
         if self.precision == "int8":
-            self._per_entry = 127 * math.sqrt(dim) / REACH
-            self.scale = self._per_entry**2
+            per_entry = 127 * math.sqrt(dim) / REACH
+            self.scale = per_entry**2
             deviation = math.sqrt(2 / 12) * REACH / (127 * math.sqrt(dim))
             self.slack = 5 * deviation
-            random = torch.Generator().manual_seed(0)
-            noise = torch.randn(dim, dim, generator=random, dtype=torch.float64)
-            self._rotation = torch.linalg.qr(noise).Q.float().to(device)
+            # the step is part of the rotation, which saves a pass over what is coded
+            self._turn = (_rotation(dim) * per_entry).float().to(device)
 
     def code(self, vectors: Tensor) -> Tensor:
         """(n, d) float32 of length 1 -> (n, d) of ``dtype``."""
         if self.precision != "int8":
             return vectors.to(self.dtype)
-        turned: Tensor = vectors @ self._rotation
-        return turned.mul_(self._per_entry).round_().clamp_(-127, 127).to(torch.int8)
+        turned: Tensor = vectors @ self._turn
+        return turned.round_().clamp_(-127, 127).to(torch.int8)
 
     def bound(self, cosine: Tensor) -> Tensor:
         """Products at or below this belong to cosines below the given ones, (n,) float32."""
@@ -63,6 +64,16 @@ class Coarse:
         dtype = torch.int32 if self.precision == "int8" else self.dtype
         low = low.clamp(*blocks.limits(dtype))
         return (low.floor() if self.precision == "int8" else low).to(dtype)
+
+
+@cache
+def _rotation(dim: int) -> Tensor:
+    """(d, d) float64, at random and always the same."""
+    random = torch.Generator().manual_seed(0)
+    with one_thread():
+        noise = torch.randn(dim, dim, generator=random, dtype=torch.float64)
+        found: Tensor = torch.linalg.qr(noise).Q
+    return found
 
 
 def _fastest(device: torch.device) -> str:

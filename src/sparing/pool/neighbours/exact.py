@@ -23,24 +23,26 @@ from sparing.pool.neighbours.protocol import (
     Pairs,
     Radius,
     checked_ids,
+    empty,
     no_pairs,
 )
 from sparing.pool.neighbours.rows import Rows, fetch
+from sparing.pool.neighbours.threads import one_thread
 
-CANDIDATES = 16
-PAIRS = 1 << 14
-RANKED = 512
-"""Rows whose candidates' vectors are fetched together."""
+PAIRS = 256
+"""Pairs whose vectors are fetched together: they stay in the processor's own memory."""
+_NONE = int(np.float32(np.inf).view(np.int32)) << 32
+"""The key of nobody, at an infinite distance."""
 
 
 @final
 class Exact(Neighbours):
     """Blockwise search over all vectors.
 
-    precision: "float32"; "bfloat16" or "int8", in which k and ``candidates`` more of each row are
-    found and then ranked in float32; or "auto", what is fastest on the device. The result is that
-    of float32 in all of them, pairs of ``join`` too: see ``coarse``. 9 bytes an item besides the
-    vectors (4 bytes an entry, and 2 or 1 more to search by).
+    precision: "float32"; "bfloat16" or "int8", in which all is found that may be among a row's k
+    nearest, and then ranked in float32; or "auto", what is fastest on the device. The result is
+    that of float32 in all of them, pairs of ``join`` too: see ``coarse``. 9 bytes an item besides
+    the vectors (4 bytes an entry, and 2 or 1 more to search by).
     """
 
     kind: ClassVar[str] = "exact"
@@ -50,14 +52,12 @@ class Exact(Neighbours):
         dim: int,
         *,
         precision: str = "auto",
-        candidates: int = CANDIDATES,
         device: str = "cpu",
     ) -> None:
         super().__init__(dim)
         if precision not in PRECISIONS:
             raise unknown("precision", precision, PRECISIONS)
-        require_whole("candidates", candidates, 1)
-        self.precision, self.candidates, self.device = precision, candidates, device
+        self.precision, self.device = precision, device
         place = torch.device(device)
         self.coarse = Coarse(precision, dim, place)
         self.rows = (
@@ -76,7 +76,8 @@ class Exact(Neighbours):
         return fetch(self.rows.tensors[0], self.rows.places(np.asarray(ids, dtype=np.int64)))
 
     def add(self, ids: Ids, vectors: Floats) -> None:
-        self.rows.add(*self.checked_pair(ids, vectors))
+        with one_thread():
+            self.rows.add(*self.checked_pair(ids, vectors))
 
     def update(self, ids: Ids, vectors: Floats) -> None:
         ids, vectors = self.checked_pair(ids, vectors)
@@ -87,52 +88,59 @@ class Exact(Neighbours):
         self.rows.close()
 
     def query(self, vectors: Floats, k: int) -> Found:
-        return Found(*self._search(vectors, k, None)[:2])
+        with one_thread() as threads:
+            return Found(*self._search(vectors, k, None, threads)[:2])
 
     def join(self, vectors: Floats, k: int, radius: Radius) -> Joined:
-        return self._search(vectors, k, self.radii(radius))
+        with one_thread() as threads:
+            return self._search(vectors, k, self.radii(radius), threads)
 
     @torch.no_grad()
-    def _search(self, vectors: Floats, k: int, radius: Floats | None) -> Joined:
+    def _search(self, vectors: Floats, k: int, radius: Floats | None, threads: int) -> Joined:
         require_whole("k", k, 0)
         held, coarse = self.rows, self.coarse
         queries = torch.from_numpy(self.checked(vectors)).to(held.device)
         fine, codes = held.tensors[0][: held.used], held.tensors[-1][: held.used]
-        holes = torch.from_numpy(held.holes).to(held.device)
-        c = min(len(held), k if coarse.plain or not k else k + self.candidates)
-        bound = None
-        if radius is not None:
-            wide = torch.from_numpy(held.spread(radius)).to(held.device)
-            bound = coarse.bound(1 - wide)
-        coded = queries if coarse.plain else coarse.code(queries)
-        best, hits = blocks.search(coded, codes, c, holes=holes, bound=bound)
-        at = torch.from_numpy(held.at[: held.used])
-        distances, ids = _ranked(queries, fine, best.columns, at, k)
-        if not coarse.plain and 0 < k < c < len(held):
-            worst = best.values.amin(1).float().cpu().numpy()
-            kth = (1 - distances[:, -1] - coarse.slack) * coarse.scale
-            unsure = np.flatnonzero(worst > kth)
-            if len(unsure):
-                rows = queries[torch.from_numpy(unsure).to(held.device)]
-                again, _ = blocks.search(rows, fine, k, holes=holes)
-                distances[unsure], ids[unsure] = _ranked(rows, fine, again.columns, at, k)
-        if radius is None:
-            return Joined(distances, ids, no_pairs())
-        between = _apart(queries, fine, hits) if not coarse.plain else _from(hits.values)
-        near = between < wide[hits.columns]
-        rows, columns = hits.rows[near].cpu(), hits.columns[near].cpu()
-        order = np.lexsort((columns.numpy(), rows.numpy()))
-        pairs = Pairs(
-            at[columns].numpy()[order], rows.numpy()[order], between[near].cpu().numpy()[order]
+        if not len(held) or not len(queries):
+            return Joined(*empty(len(queries), k), no_pairs())
+        wide = None if radius is None else held.spread(radius)
+        bound = None if wide is None else coarse.bound(1 - torch.from_numpy(wide)).to(held.device)
+        ranks, order = held.ranks()
+
+        def ranked(start: int, count: int, found: blocks.Entries) -> tuple[Any, ...]:
+            rows, columns, values = found
+            cosines = values if coarse.plain else _cosines(queries[start:], fine, rows, columns)
+            apart = np.maximum(1 - cosines, 0)
+            names = columns if ranks is None else ranks[columns]
+            best = _least(rows, apart, names, count, k)
+            if wide is None:
+                return best
+            inside = apart < wide[columns]
+            return *best, columns[inside], rows[inside] + start, apart[inside]
+
+        parts = blocks.near(
+            queries if coarse.plain else coarse.code(queries),
+            codes,
+            min(k, len(held)),
+            ranked,
+            margin=2 * coarse.slack * coarse.scale,
+            holes=torch.from_numpy(held.holes).to(held.device),
+            bound=bound,
+            threads=threads,
         )
-        return Joined(distances, ids, pairs)
+        distances, rank, *pairs = (np.concatenate(part) for part in zip(*parts, strict=True))
+        places = rank if order is None else order[rank]
+        ids = np.where(np.isinf(distances), NOBODY, held.at[places])
+        if wide is None:
+            return Joined(distances, ids, no_pairs())
+        at, rows, apart = pairs
+        return Joined(distances, ids, Pairs(held.at[at], rows, apart))
 
     def state(self) -> dict[str, Any]:
         self.rows.close(now=True)
         return {
             "dim": self.dim,
             "precision": self.precision,
-            "candidates": self.candidates,
             "ids": torch.from_numpy(self.rows.ids()),
             "vectors": self.rows.tensors[0][: self.rows.used].cpu(),
         }
@@ -140,12 +148,7 @@ class Exact(Neighbours):
     @classmethod
     def restored(cls, state: Mapping[str, Any], *, device: str = "cpu") -> Exact:
         try:
-            index = cls(
-                state["dim"],
-                precision=state["precision"],
-                candidates=state["candidates"],
-                device=device,
-            )
+            index = cls(state["dim"], precision=state["precision"], device=device)
             ids, vectors = state["ids"].numpy(), state["vectors"].numpy()
         except KeyError as error:
             raise RequestError(f"the state of an exact index lacks {error}") from error
@@ -153,33 +156,25 @@ class Exact(Neighbours):
         return index
 
 
-def _ranked(
-    queries: Tensor, fine: Tensor, columns: Tensor, at: Tensor, k: int
-) -> tuple[Floats, Ids]:
-    """The k nearest of each row's candidates (q, c), by distance in float32 and then by id."""
-    q, c = columns.shape
-    distances = np.full((q, max(k, c)), np.inf, dtype=np.float32)
-    ids = np.full((q, max(k, c)), NOBODY, dtype=np.int64)
-    for start in range(0, q if c else 0, RANKED):
-        part = slice(start, start + RANKED)
-        picked = columns[part]
-        rows = fine[picked.clamp(min=0).reshape(-1)].view(len(picked), c, -1)
-        found = torch.bmm(rows, queries[part].unsqueeze(2)).squeeze(2)
-        found = _from(found).masked_fill_(picked < 0, torch.inf)
-        distances[part, :c] = found.cpu().numpy()
-        ids[part, :c] = torch.where(picked.cpu() < 0, NOBODY, at[picked.cpu().clamp(min=0)])
-    order = np.lexsort((ids, distances), axis=1)[:, :k]
-    return np.take_along_axis(distances, order, axis=1), np.take_along_axis(ids, order, axis=1)
-
-
-def _apart(queries: Tensor, fine: Tensor, hits: blocks.Hits) -> Tensor:
-    """(p,) the distances of pairs, by float32."""
-    out = queries.new_empty(len(hits.rows))
+def _cosines(queries: Tensor, fine: Tensor, rows: Ids, columns: Ids) -> Floats:
+    """(p,) products in float32 of rows of the one with rows of the other."""
+    out = np.empty(len(rows), dtype=np.float32)
+    one, two = queries.new_empty(2, PAIRS, queries.shape[1])
     for start in range(0, len(out), PAIRS):
         part = slice(start, start + PAIRS)
-        out[part] = (queries[hits.rows[part]] * fine[hits.columns[part]]).sum(1)
-    return _from(out)
+        count = len(rows[part])
+        torch.index_select(queries, 0, torch.from_numpy(rows[part]).to(one.device), out=one[:count])
+        torch.index_select(fine, 0, torch.from_numpy(columns[part]).to(one.device), out=two[:count])
+        out[part] = torch.linalg.vecdot(one[:count], two[:count]).cpu().numpy()
+    return out
 
 
-def _from(cosines: Tensor) -> Tensor:
-    return (1 - cosines).clamp_(min=0)
+def _least(rows: Ids, distances: Floats, ranks: Ids, q: int, k: int) -> tuple[Floats, Ids]:
+    """The k least distances of each row, equal ones by rank, and the ranks: (q, k) each."""
+    # a distance is not negative: its bits are ordered as it is, and the rank decides behind them
+    keys = (distances.view(np.int32).astype(np.int64) << 32) | ranks
+    table, _ = blocks.by_row(rows, keys, q, _NONE)
+    if table.shape[1] < k:
+        table = np.pad(table, ((0, 0), (0, k - table.shape[1])), constant_values=_NONE)
+    best = np.sort(table, axis=1)[:, :k]
+    return (best >> 32).astype(np.int32).view(np.float32), best & 0xFFFFFFFF

@@ -97,7 +97,7 @@ def all_of(queries: Floats, ids: Ids, read: Callable[[Ids], Floats], c: int) -> 
     for start in range(0, len(ids), READ):
         part = ids[start : start + READ]
         held = torch.from_numpy(np.ascontiguousarray(read(part), dtype=np.float32))
-        found, _ = blocks.search(rows, held, min(c, len(part)))
+        found = blocks.search(rows, held, min(c, len(part)))
         nearest.append((1 - found.values).clamp_(min=0).numpy())
         names.append(part[found.columns.numpy()])
         if len(names) > 1:

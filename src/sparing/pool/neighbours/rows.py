@@ -98,6 +98,15 @@ class Rows:
         self._tabled = self.used
         return self._place
 
+    def ranks(self) -> tuple[Ids, Ids] | tuple[None, None]:
+        """The rank of each place's id among all ids, and the place of each rank; None: the same."""
+        if self._sorted is None:
+            return None, None
+        order = self._sorted[1]
+        ranks = np.full(self.used, NOBODY, dtype=np.int64)
+        ranks[order] = np.arange(len(order))
+        return ranks, order
+
     def add(self, ids: Ids, vectors: Floats) -> None:
         """Append new rows. Raises RequestError for an id that is there."""
         known = np.flatnonzero(self.find(ids) >= 0)
@@ -125,12 +134,14 @@ class Rows:
         self.at[start:end] = ids
         self.alive[start:end] = True
         self.used = end
-        self.write(np.arange(start, end), vectors)
+        self._write(slice(start, end), vectors)
 
     def write(self, places: Ids, vectors: Floats) -> None:
         """Set the vectors at these places."""
+        self._write(torch.from_numpy(places).to(self.device), vectors)
+
+    def _write(self, where: Tensor | slice, vectors: Floats) -> None:
         given = torch.from_numpy(vectors).to(self.device)
-        where = torch.from_numpy(places).to(self.device)
         for number, tensor in enumerate(self.tensors):
             last = number == len(self.tensors) - 1
             rows = self.coded(given) if self.coded and last else given.to(tensor.dtype)
@@ -178,20 +189,22 @@ class Rows:
         return wide
 
     def _reserve(self, wanted: int) -> None:
-        capacity = len(self.at)
-        if wanted <= capacity:
-            return
-        capacity = max(LEAST, wanted, 2 * capacity)
-        at = np.full(capacity, NOBODY, dtype=np.int64)
-        at[: self.used] = self.at[: self.used]
+        if wanted > len(self.at):
+            # few more, as memory an item counts; vectors, which are long, are copied more seldom
+            room = max(LEAST, wanted, len(self.at) * 33 // 32)
+            at = np.full(room, NOBODY, dtype=np.int64)
+            at[: self.used] = self.at[: self.used]
+            alive = np.zeros(room, dtype=bool)
+            alive[: self.used] = self.alive[: self.used]
+            self.at, self.alive = at, alive
         grown = []
         for tensor in self.tensors:
-            fresh = tensor.new_empty(capacity, self.dim)
-            fresh[: self.used] = tensor[: self.used]
-            grown.append(fresh)
-        alive = np.zeros(capacity, dtype=bool)
-        alive[: self.used] = self.alive[: self.used]
-        self.at, self.alive, self.tensors = at, alive, tuple(grown)
+            if wanted > len(tensor):
+                fresh = tensor.new_empty(max(LEAST, wanted, 2 * len(tensor)), self.dim)
+                fresh[: self.used] = tensor[: self.used]
+                tensor = fresh
+            grown.append(tensor)
+        self.tensors = tuple(grown)
 
 
 def fetch(tensor: Tensor, places: Ids) -> Floats:

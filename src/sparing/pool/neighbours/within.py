@@ -18,7 +18,11 @@ from sparing.pool.neighbours.protocol import (
     empty,
     no_pairs,
 )
+from sparing.pool.neighbours.threads import in_threads, one_thread
 
+NEARLY = np.float32(1e-6)
+INSIDE = 256
+"""Rows of a batch that are compared with those behind them at once."""
 INCOMING = -2
 """The id of the batch's row j reads -2 - j as long as it has none."""
 
@@ -56,13 +60,48 @@ def both(
 
 
 @torch.no_grad()
+def inside(vectors: Floats, limit: Floats, k: int) -> tuple[Ids, Ids, Floats]:
+    """Which rows are nearer to a row than its limit, at least where they are among its k nearest.
+
+    vectors: (q, d), of which no more than some thousand; limit: (q,), infinite where none is known.
+    Returns rows, ascending, others and distances, (p,) each; a row is not its own neighbour.
+    """
+    q = len(vectors)
+    if np.isinf(limit).any():
+        # a product may be another in its last bits in a block of another shape
+        limit = np.minimum(limit, among(vectors, k).distances[:, -1:].max(1, initial=0) + NEARLY)
+    reach = np.float32(1) - limit.astype(np.float32)
+    held = torch.from_numpy(np.ascontiguousarray(vectors, dtype=np.float32))
+
+    def part(start: int) -> tuple[Ids, Ids, Floats]:
+        # what is before these rows has been compared with them
+        products = torch.mm(held[start : start + INSIDE], held[start:].T).numpy()
+        marks = products > reach[start : start + INSIDE, None]
+        marks |= products > reach[start:]
+        at = np.flatnonzero(marks)
+        row, column = np.divmod(at, q - start)
+        once = column > row
+        return row[once] + start, column[once] + start, products.reshape(-1)[at[once]]
+
+    with one_thread() as threads:
+        found = in_threads(part, range(0, q, INSIDE), threads)
+    one, two, cosines = (np.concatenate(side) for side in zip(*found, strict=True))
+    ways = np.concatenate([one, two]), np.concatenate([two, one])
+    apart = np.tile(np.maximum(1 - cosines, 0), 2)
+    near = apart < limit[ways[0]]
+    rows, others, apart = ways[0][near], ways[1][near], apart[near]
+    order = np.argsort(rows * q + others)
+    return rows[order], others[order], apart[order]
+
+
+@torch.no_grad()
 def among(vectors: Floats, k: int) -> Found:
     """The k nearest other rows of each row, in float32; ids are numbers of rows."""
     rows = torch.from_numpy(np.ascontiguousarray(vectors, dtype=np.float32))
     q = len(rows)
     if not k or q < 2:
         return empty(q, k)
-    found, _ = blocks.search(rows, rows, min(q, k + 1))
+    found = blocks.search(rows, rows, min(q, k + 1))
     ids = found.columns.numpy()
     distances = (1 - found.values).clamp_(min=0).numpy()
     itself = ids == np.arange(q)[:, None]

@@ -5,7 +5,7 @@ from sparing.pool.store.checking import check
 from sparing.pool.store.copying import backup
 from sparing.pool.store.lineage import Event
 from sparing.pool.store.merging import compact
-from sparing.pool.store.records import content_hash
+from sparing.pool.store.records import content_hash, content_hashes
 from sparing.pool.store.store import Store
 from sparing.pool.store.view import Reading, View
 
@@ -19,4 +19,5 @@ __all__ = [
     "check",
     "compact",
     "content_hash",
+    "content_hashes",
 ]

@@ -6,6 +6,7 @@ bytes behind the committed length, and files that no catalogue lists. The next w
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 import zlib
@@ -44,6 +45,7 @@ class Change:
         self._new: dict[int, Path] = {}
         self._retired: list[Part] = []
         self._statements: list[tuple[Any, Any]] = []
+        self._syncing: list[disk.Syncing] = []
         self.left: list[Path] = []
         """Files that could not be deleted after the commit; the next writer does."""
 
@@ -64,6 +66,27 @@ class Change:
         crc = zlib.crc32(data, part.crc)
         self._put(grown(part, rows=rows, size=memoryview(data).nbytes, crc=crc))
 
+    def flush(self) -> None:
+        """Begin to force what was written so far to the disk, beside what the caller does next.
+
+        What fails is raised by the commit.
+        """
+        if self._dirty or self._folders:
+            self._syncing.append(disk.Syncing(self._dirty, self._folders))
+            self._dirty, self._folders = {}, set()
+
+    def _wait(self) -> None:
+        """Return when nothing is under way any more, and raise what failed."""
+        errors = []
+        while self._syncing:
+            try:
+                self._syncing[-1].wait()
+            except OSError as error:
+                errors.append(error)
+            self._syncing.pop()
+        if errors:
+            raise errors[0]
+
     def last(self, kind: str, name: str) -> Part | None:
         """The part that may still grow."""
         parts = self.state.of(kind, name)
@@ -75,6 +98,7 @@ class Change:
         handle = self._handles.pop(part.number, None)
         path = self.folder / part.file
         if handle is not None:
+            self._wait()
             if path in self._dirty:
                 disk.sync(self._dirty.pop(path), path)
             os.close(handle)
@@ -153,6 +177,7 @@ class Change:
     def commit(self, catalogue: Catalogue) -> None:
         """Make all of it true, or raise OSError or RunError: then look what was committed."""
         disk.sync_all(self._dirty, self._folders)
+        self._wait()
         table = catalogue.tables["part"]
         parts, counter = self.state.parts, catalogue.tables["counter"]
         with catalogue.transaction("write") as connection:
@@ -189,6 +214,8 @@ class Change:
 
     def drop(self) -> None:
         """Close what was written to. What is on the disk is put right by what is committed."""
+        with contextlib.suppress(OSError):
+            self._wait()
         for number in [*self._new, *self._before]:
             handle = self._handles.pop(number, None)
             if handle is not None:

@@ -9,11 +9,12 @@ import contextlib
 import errno
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 from sparing.core.errors import RunError
 
@@ -75,24 +76,47 @@ def sync(handle: int, path: Path) -> None:
     _SYNC(handle)
 
 
-def sync_all(handles: dict[Path, int], folders: set[Path]) -> None:
-    """Force files, then the folders that got new ones, to the disk; several at once."""
-    for path in handles:
-        tell("sync", path)
-    if len(handles) > 1:
-        # the disk serves them together; one after the other would be several times as long
-        with ThreadPoolExecutor(len(handles) if len(handles) < 8 else 8) as pool:
-            list(pool.map(_SYNC, handles.values()))
-    else:
-        for handle in handles.values():
-            _SYNC(handle)
-    for folder in folders:
-        sync_folder(folder)
+@final
+class Syncing:
+    """Files, and folders that got new ones, are forced to the disk while the caller goes on.
+
+    The disk serves them together: one after the other would take several times as long. No handle
+    may be closed before ``wait`` has returned.
+    """
+
+    def __init__(self, handles: Mapping[Path, int], folders: Iterable[Path]) -> None:
+        """Begin. Raises what ``watch`` does, and then nothing is under way."""
+        work: list[Callable[[], None]] = []
+        for path, handle in handles.items():
+            tell("sync", path)
+            work.append(partial(_SYNC, handle))
+        for folder in folders:
+            tell("sync folder", folder)
+            work.append(partial(_sync_folder, folder))
+        self._pool = ThreadPoolExecutor(min(max(len(work), 1), 8))
+        self._under_way = [self._pool.submit(one) for one in work]
+        self._pool.shutdown(wait=False)
+
+    def wait(self) -> None:
+        """Return when all of it is on the disk, or has failed; raises the first OSError then."""
+        wait(self._under_way)
+        for one in self._under_way:
+            one.result()
+
+
+def sync_all(handles: Mapping[Path, int], folders: Iterable[Path]) -> None:
+    """Force files, and the folders that got new ones, to the disk."""
+    if handles or folders:
+        Syncing(handles, folders).wait()
 
 
 def sync_folder(path: Path) -> None:
     """Force a folder's list of files to the disk."""
     tell("sync folder", path)
+    _sync_folder(path)
+
+
+def _sync_folder(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -7,15 +7,16 @@ from typing import Any, final
 import numpy as np
 from numpy.typing import NDArray
 
-_Run = tuple[NDArray[np.uint64], NDArray[np.uint64], NDArray[np.uint32]]
+_Run = tuple[NDArray[np.uint64], NDArray[np.uint32], NDArray[np.uint32]]
 
 
 @final
 class Known:
     """Keys of 64 or 128 bits in sorted runs; those of 128 bits each with a number of 32 bits.
 
-    New keys make a new run, and runs of about one length are merged, so that adding is not linear
-    in what is there: log2(n) runs at most, 8 or 20 bytes a key.
+    Of 128 bits the first 64 and the last 32 are held: hashes of a store's items do not agree in
+    these by chance. New keys make a new run, and runs of about one length are merged, so that
+    adding is not linear in what is there: log2(n) runs at most, 8 or 16 bytes a key.
     """
 
     def __init__(self, words: int) -> None:
@@ -29,7 +30,7 @@ class Known:
             return
         rows = keys.reshape(-1, self._words)
         numbers = values.astype(np.uint32) if self._words == 2 else np.zeros(0, np.uint32)
-        run = (rows[:, 0], rows[:, 1:].reshape(-1), numbers)
+        run = (rows[:, 0], _last(rows), numbers)
         self._runs.append(self._sorted(run))
         while len(self._runs) > 1 and len(self._runs[-2][0]) < 2 * len(self._runs[-1][0]):
             last, before = self._runs.pop(), self._runs.pop()
@@ -38,7 +39,7 @@ class Known:
     def find(self, keys: NDArray[np.uint64]) -> NDArray[np.int64]:
         """keys: (n, words) -> (n,) the number of a key that is known (0 of 64 bits), else -1."""
         rows = keys.reshape(-1, self._words)
-        found = np.full(len(rows), -1, np.int64)
+        found, last = np.full(len(rows), -1, np.int64), _last(rows)
         for first, second, values in self._runs:
             place = np.searchsorted(first, rows[:, 0])
             open_ = np.flatnonzero(found < 0)
@@ -52,7 +53,7 @@ class Known:
                 if self._words == 1:
                     found[open_] = 0
                     break
-                hit = second[place] == rows[open_, 1]
+                hit = second[place] == last[open_]
                 found[open_[hit]] = values[place[hit]]
                 open_, place = open_[~hit], place[~hit] + 1
         return found
@@ -68,6 +69,10 @@ class Known:
         if self._words == 1:
             return first[order], second.copy(), values
         return first[order], second[order], values[order]
+
+
+def _last(rows: NDArray[np.uint64]) -> NDArray[np.uint32]:
+    return rows[:, 1:].reshape(-1).astype(np.uint32)
 
 
 def _joined(one: _Run, two: _Run) -> _Run:
@@ -108,8 +113,8 @@ class Growing:
         """Append (n,) values and give all."""
         end = self._size + len(values)
         if end > len(self._data):
-            # a quarter more: memory an item counts more than the copies that this saves
-            data = np.empty(max(end, 1024, len(self._data) * 5 // 4), self._data.dtype)
+            # few more: memory an item counts more than the copies that this saves
+            data = np.empty(max(end, len(self._data) * 33 // 32), self._data.dtype)
             data[: self._size] = self._data[: self._size]
             self._data = data
         self._data[self._size : end] = values

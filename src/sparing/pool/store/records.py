@@ -11,7 +11,7 @@ import hashlib
 import struct
 import zlib
 from collections.abc import Sequence
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,26 +43,30 @@ class Encoded(NamedTuple):
 
 def encode(items: Sequence[Item], source: str) -> Encoded:
     """Raises RequestError for an item without content, too long, or an array of objects."""
-    keys, contents, digests, names, found = [], [], [], [], []
     prefix = source.encode("utf-8", "surrogatepass") + b"\0"
-    for item in items:
-        content, parts = _content(item)
-        key = item.key.encode("utf-8", "surrogatepass")
-        found.append(parts)
+    keys = [item.key.encode("utf-8", "surrogatepass") for item in items]
+    contents, found = _contents(items)
+    for item, key, content in zip(items, keys, contents, strict=True):
         if len(content) + len(key) > LONGEST - _HEAD.size:
             raise RequestError(f"{item.key}: an item of {len(content)} bytes; at most {LONGEST}")
-        keys.append(key)
-        contents.append(content)
-        digests.append(hashlib.blake2b(content, digest_size=16).digest())
-        names.append(hashlib.blake2b(prefix + key, digest_size=8).digest())
-    hashes = np.frombuffer(b"".join(digests), "<u8").reshape(-1, 2)
-    named = np.frombuffer(b"".join(names), "<u8")
-    return Encoded(keys, contents, hashes, named, _KINDS[np.array(found, np.int64)])
+    hashes = np.frombuffer(b"".join(map(_hash, contents)), "<u8").reshape(-1, 2)
+    named = b"".join([hashlib.blake2b(prefix + key, digest_size=8).digest() for key in keys])
+    kinds = _KINDS[np.array(found, np.int64)]
+    return Encoded(keys, contents, hashes, np.frombuffer(named, "<u8"), kinds)
+
+
+def content_hashes(items: Sequence[Item]) -> list[bytes]:
+    """Of each 16 bytes by which the store tells items apart: blake2b of all but the key."""
+    return list(map(_hash, _contents(items)[0]))
 
 
 def content_hash(item: Item) -> bytes:
-    """16 bytes by which the store tells items apart: blake2b of all but the key."""
-    return hashlib.blake2b(_content(item)[0], digest_size=16).digest()
+    """``content_hashes`` of one."""
+    return content_hashes([item])[0]
+
+
+def _hash(content: bytes) -> bytes:
+    return hashlib.blake2b(content, digest_size=16).digest()
 
 
 def record(number: int, key: bytes, content: bytes) -> tuple[bytes, bytes, bytes]:
@@ -106,33 +110,42 @@ def decode(data: bytes, number: int) -> Item:
     )
 
 
-def _content(item: Item) -> tuple[bytes, int]:
-    """An item's bytes without its key, and which parts it has."""
-    parts = 0
-    image = text = form = tensor = b""
-    if item.image is not None:
-        parts, image = parts | _IMAGE, bytes(item.image)
-    if item.text is not None:
-        parts, text = parts | _TEXT, item.text.encode("utf-8", "surrogatepass")
-    if item.tensor is not None:
-        parts |= _TENSOR
-        form, tensor = _bytes(item.key, item.tensor)
-    if not parts:
-        raise RequestError(f"{item.key}: an item needs an image, a text or a tensor")
-    label = int(item.label)
-    if not -(1 << 63) <= label < 1 << 63:
-        raise RequestError(f"{item.key}: a label is a whole number of 64 bits, got {label}")
-    head = _CONTENT.pack(parts, label, len(image), len(text), len(form), len(tensor))
-    return b"".join((head, image, text, form, tensor)), parts
+def _contents(items: Sequence[Item]) -> tuple[list[bytes], list[int]]:
+    """Items' bytes without their keys, and which parts each has."""
+    forms: dict[Any, tuple[np.dtype[Any], bytes]] = {}
+    contents, found = [], []
+    for item in items:
+        parts = 0
+        image = text = form = tensor = b""
+        if item.image is not None:
+            parts, image = parts | _IMAGE, bytes(item.image)
+        if item.text is not None:
+            parts, text = parts | _TEXT, item.text.encode("utf-8", "surrogatepass")
+        if item.tensor is not None:
+            parts |= _TENSOR
+            array = np.asarray(item.tensor)
+            like = array.dtype, array.shape
+            if like not in forms:
+                forms[like] = _form(item.key, array)
+            dtype, form = forms[like]
+            tensor = (array if array.dtype == dtype else array.astype(dtype)).tobytes()
+        if not parts:
+            raise RequestError(f"{item.key}: an item needs an image, a text or a tensor")
+        label = int(item.label)
+        if not -(1 << 63) <= label < 1 << 63:
+            raise RequestError(f"{item.key}: a label is a whole number of 64 bits, got {label}")
+        head = _CONTENT.pack(parts, label, len(image), len(text), len(form), len(tensor))
+        contents.append(b"".join((head, image, text, form, tensor)))
+        found.append(parts)
+    return contents, found
 
 
-def _bytes(key: str, tensor: NDArray[np.generic]) -> tuple[bytes, bytes]:
-    array = np.asarray(tensor)
+def _form(key: str, array: NDArray[np.generic]) -> tuple[np.dtype[Any], bytes]:
+    """The type in which an array is stored, and what tells of it and of the array's shape."""
     if array.dtype.kind not in "biufc":
         raise RequestError(f"{key}: a tensor holds numbers, got an array of {array.dtype}")
-    array = array.astype(array.dtype.newbyteorder("<"), copy=False)
-    form = array.dtype.str.encode() + b"\0" + np.asarray(array.shape, "<i8").tobytes()
-    return form, array.tobytes()
+    dtype = array.dtype.newbyteorder("<")
+    return dtype, dtype.str.encode() + b"\0" + np.asarray(array.shape, "<i8").tobytes()
 
 
 def _array(form: bytes, data: memoryview) -> NDArray[np.generic]:

@@ -48,15 +48,27 @@ def table(columns: Mapping[str, Any]) -> Any:
 
 
 def _column(pa: Any, values: Any) -> Any:
+    # by their buffers: pyarrow's own conversion imports pandas where that is installed
+    n = len(values)
     if isinstance(values, list) or values.dtype.kind in "OU":
-        try:
-            return pa.array(values, pa.large_string())
-        except UnicodeEncodeError:  # names of files need not be texts
-            return pa.array([clean(value) for value in values], pa.large_string())
+        texts = [_utf8(value) for value in values]
+        ends = np.zeros(n + 1, np.int64)
+        np.cumsum(np.fromiter(map(len, texts), np.int64, n), out=ends[1:])
+        data = b"".join(texts)
+        return pa.LargeStringArray.from_buffers(n, pa.py_buffer(ends), pa.py_buffer(data))
+    if values.dtype.kind == "b":
+        return pa.array(values)
+    data = pa.py_buffer(np.ascontiguousarray(values))
     if values.ndim == 2:
-        data = pa.py_buffer(np.ascontiguousarray(values))
-        return pa.FixedSizeBinaryArray.from_buffers(pa.binary(16), len(values), [None, data])
-    return pa.array(values)
+        return pa.FixedSizeBinaryArray.from_buffers(pa.binary(16), n, [None, data])
+    return pa.Array.from_buffers(pa.from_numpy_dtype(values.dtype), n, [None, data])
+
+
+def _utf8(text: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError:  # names of files need not be texts
+        return clean(text).encode()
 
 
 def clean(text: str) -> str:

@@ -174,6 +174,15 @@ class Store(Writing):
                 self._grow(numbers, rows.get("reason"))
         return Added(ids=ids, drops=tuple(drop for drop, _ in drops))
 
+    def flush(self) -> None:
+        """Within ``together``: begin to force what was written to the disk, and return at once.
+
+        So it is done beside what else is done in the block; the block's end waits for it.
+        """
+        if self._change is not None:
+            with self._changing("flush") as change:
+                change.flush()
+
     def note_drops(self, source: str, drops: Sequence[Drop], cursor: Any = None) -> None:
         """Keep, durably, why items were never stored, and how far the source was read."""
         for drop in drops:
