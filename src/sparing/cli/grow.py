@@ -237,6 +237,8 @@ def _check_places(store: Path, sources: list[Path]) -> None:
 
 def _options(store: Path, given: dict[str, Any]) -> dict[str, Any]:
     """What is given, else what the pool was grown with before, else the usual."""
+    from sparing.pool.encoders import NAMES
+
     known: dict[str, Any] = {}
     if (store / OPTIONS).is_file():
         try:
@@ -256,7 +258,7 @@ def _options(store: Path, given: dict[str, Any]) -> dict[str, Any]:
     }
     if options["published"] and given["threshold"] is None and "threshold" not in known:
         options["threshold"] = -1.0  # the released rule takes no copies out
-    if Path(options["encoder"]).is_dir():
+    if options["encoder"] not in NAMES and Path(options["encoder"]).is_dir():
         options["encoder"] = str(Path(options["encoder"]).resolve())
     return options
 

@@ -40,7 +40,7 @@ class Writing(Reading, ABC):
         if not write:
             super().__init__(path)
             return
-        path = Path(path)
+        path = Path(path).absolute()
         if not (path / FILE).is_file():
             raise RunError(f"there is no store at {path}; check the path, or create one")
         self._lock = WriterLock(path)
