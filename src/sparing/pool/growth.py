@@ -153,6 +153,8 @@ class Growth:
             told = self._intake.take(
                 store, members, added.ids[new], [taken[i] for i in new], vectors
             )
+            if self.published and self.path is not None:
+                resuming.note_arrivals(store, members, added.ids[new])
         self._early = []
         return Added(ids=ids, drops=(*left_out, *added.drops, *told))
 
@@ -352,7 +354,10 @@ class Growth:
                 self._members.leave_(ids)
 
     def forget(self, ids: Any) -> None:
-        """Take items away from everywhere: payload, vectors, neighbours, scores, snapshots."""
+        """Take items away from everywhere: payload, vectors, neighbours, scores, snapshots, caches.
+
+        The page goes too, since it may show them; ``sparing grow`` writes it anew.
+        """
         store = self._opened()
         given = np.unique(whole(ids))
         items = store.items(given)  # an unknown id is an error before anything is done

@@ -120,7 +120,9 @@ class Neighbourhood:
             before = np.where(np.tri(len(inside), k=-1, dtype=bool), inside, np.float32(np.inf))
             earlier, _ = nearest_columns(before, self.k)
             both = np.concatenate([stored.distances[:, : self.k], earlier], 1)
-            self._first[places] = published(np.sort(both, axis=1), self.k)
+            new = published(np.sort(both, axis=1), self.k)
+            was = self._first[places]  # of an item that is back again
+            self._first[places] = np.where(np.isnan(was), new, was)
         self.table.set_(places, np.take_along_axis(who, best, 1), np.take_along_axis(far, best, 1))
         at, rows, distances = stored.pairs
         self.table.merge_((self.places(at), places[rows], distances))
@@ -182,6 +184,15 @@ class Neighbourhood:
         self.table = table
         self._ids, self._first = state["ids"].copy(), state["first"].copy()
         self._changes += 1
+
+    def arrivals(self, ids: Ids) -> Rows:
+        """The gains by the released rule, as of arrival, NaN for items never valued: (n,)."""
+        return self._first[self.places(ids)]
+
+    def recall_(self, gains: Rows) -> None:
+        """Take over gains as of arrival, (N,), where they are not NaN."""
+        known = ~np.isnan(gains)
+        self._first[known] = gains[known]
 
     # ---- what they are worth -----------------------------------------------------------------
 
