@@ -425,7 +425,7 @@ def test_a_backup_lacks_what_was_being_forgotten(store: Store, tmp_path: Path) -
     store.close()
     connection = sqlite3.connect(store.path / catalogue.FILE)
     with connection:  # as a writer leaves it that dies between its two steps
-        connection.execute("INSERT INTO forgetting VALUES (1)")
+        connection.execute("INSERT INTO forgetting VALUES (1, 0)")
     connection.close()
     backup(store.path, tmp_path / "copy")
     assert check(tmp_path / "copy") == []

@@ -229,7 +229,8 @@ class Writing(Reading, ABC):
             number = known[0]
             if cursor is None:
                 return number
-            change.execute(table.update().where(table.c.number == number).values(cursor=text))
+            row = {"number": number, "name": clean(name), "cursor": text}
+            change.execute(table.update().where(table.c.number == number).values(row))
         self._state.sources[name] = (number, json.loads(text))
         return number
 
