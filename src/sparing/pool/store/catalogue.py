@@ -7,12 +7,14 @@ SQLAlchemy Core's and no database's own; what SQLite needs besides is behind ``_
 from __future__ import annotations
 
 import json
+import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, final
+from urllib.parse import quote
 
 from sparing.core.errors import RequestError, RunError
 from sparing.pool.store import disk
@@ -102,7 +104,7 @@ class Catalogue:
         self.path = folder / FILE
         self.write = write
         self.tables = _tables()
-        url = sa.URL.create("sqlite", database=str(self.path))
+        url = sa.URL.create("sqlite", **_place(self.path, write))
         # a writer keeps one connection; readers open one for each look, so that a fork is safe
         pool = sa.pool.StaticPool if write else sa.pool.NullPool
         self.engine: Engine = sa.create_engine(
@@ -244,6 +246,8 @@ class Catalogue:
 
     def _other_columns(self) -> list[str]:
         """Tables with other columns than they were made with."""
+        if self.engine.dialect.name != "sqlite":
+            return []
         sa = sqlalchemy()
         made = sa.create_engine("sqlite://")
         self.tables["metadata"].create_all(made)
@@ -401,6 +405,17 @@ def _fill(fields: list[str]) -> Callable[[Any], int]:
         return _mark([given[field] for field in fields])
 
     return made
+
+
+def _place(path: Path, write: bool) -> dict[str, Any]:
+    """Where SQLite opens the file. In a folder that this process cannot write to, and nobody
+    writes to now, it could not make its journal, and must be told that it needs none.
+    """
+    journal = path.with_name(f"{path.name}-wal")
+    if write or os.access(path.parent, os.W_OK) or not path.is_file() or journal.exists():
+        return {"database": str(path)}
+    query = {"uri": "true", "mode": "ro", "immutable": "1"}
+    return {"database": f"file:{quote(str(path))}", "query": query}
 
 
 def _plain(row: Any) -> dict[str, Any]:
