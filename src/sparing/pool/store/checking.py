@@ -1,4 +1,6 @@
-"""Looking for damage: every committed byte is read and compared with its checksum."""
+"""Looking for damage: every committed byte, and each row of the catalogue, is read and compared
+with its checksum.
+"""
 
 from __future__ import annotations
 
