@@ -16,6 +16,7 @@ from store_model import Model, agree, create, steps, texts, unit
 from sparing.core.errors import RunError
 from sparing.pool.items import Vectors
 from sparing.pool.store import Store, check, disk, merging
+from sparing.pool.store.catalogue import Catalogue
 
 Act = Callable[[str, Path, int], int | None]
 
@@ -255,6 +256,25 @@ def test_a_request_to_forget_that_could_not_be_taken_back_is_finished_when_opene
     assert any("still to be forgotten" in text for text in check(tmp_path / "s"))
     with Store.open(tmp_path / "s", write=True) as store:
         assert store.ids().tolist() == [0, 2, 3]
+    assert check(tmp_path / "s") == []
+
+
+def test_a_journal_that_cannot_be_emptied_is_told_and_the_items_are_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create(tmp_path / "s")
+
+    def failing(_: Catalogue) -> None:
+        raise RunError("disk full")
+
+    with Store.open(tmp_path / "s", write=True) as store:
+        store.append(texts(4, "n"), Vectors(main=unit(4, 0)), source="s")
+        with monkeypatch.context() as patched:
+            patched.setattr(Catalogue, "checkpoint", failing)
+            with pytest.raises(RunError, match="the items are forgotten, but .*catalogue.sqlite"):
+                store.forget([1])
+        assert store.ids().tolist() == [0, 2, 3]
+        store.forget([2])
     assert check(tmp_path / "s") == []
 
 

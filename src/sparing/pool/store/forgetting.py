@@ -79,7 +79,11 @@ def _do(store: Writing, ids: NDArray[np.int64]) -> list[Path]:
         store._state.forgets = change.number
     store._files.forget()
     store._load(None)
-    store._writable().checkpoint()
+    catalogue = store._writable()
+    try:
+        catalogue.checkpoint()
+    except RunError:  # what was deleted still stands in the journal
+        return [*change.left, catalogue.path]
     return change.left
 
 
