@@ -271,7 +271,7 @@ def test_a_journal_that_cannot_be_emptied_is_told_and_the_items_are_gone(
         store.append(texts(4, "n"), Vectors(main=unit(4, 0)), source="s")
         with monkeypatch.context() as patched:
             patched.setattr(Catalogue, "checkpoint", failing)
-            with pytest.raises(RunError, match="the items are forgotten, but .*catalogue.sqlite"):
+            with pytest.raises(RunError, match=r"the items are forgotten, but .*catalogue\.sqlite"):
                 store.forget([1])
         assert store.ids().tolist() == [0, 2, 3]
         store.forget([2])
