@@ -91,7 +91,7 @@ class Clock:
 
 
 def quality(pool: Growth, data: Path | None, seed: int, count: int) -> dict[str, float]:
-    """Recall of four neighbours, and how far gains are from those by the distances to all others."""
+    """Recall of four neighbours, and how far gains are from those by all distances."""
     if len(pool) != count:
         raise SystemExit(f"{count - len(pool)} vectors were there already: ids are not positions")
     near = pool._members.main

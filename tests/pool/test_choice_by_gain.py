@@ -65,6 +65,22 @@ def test_one_round_is_the_plain_choice() -> None:
     assert plain.weight.tolist() == pytest.approx((1 / plain.chance).tolist())
 
 
+def test_as_many_can_be_chosen_as_there_are_whatever_is_discounted() -> None:
+    """Items at one place: once k of them are chosen the others add nothing at all."""
+    weights = np.ones(50, np.float32)
+    weights[40:] = 0
+
+    def nothing_(left: np.ndarray, places: np.ndarray) -> None:
+        left[~np.isnan(left)] = 0
+
+    for n in (20, 40):
+        chosen = in_rounds(weights, n, generator(0), 4, nothing_)
+        assert len(np.unique(chosen.places)) == n
+        assert (chosen.places < 40).all()
+    with pytest.raises(RequestError, match="cannot choose 41: 40 of 50 weigh more than 0"):
+        in_rounds(weights, 41, generator(0), 4, nothing_)
+
+
 def test_everything_has_chance_one() -> None:
     chosen = choose(WEIGHTS, 6, generator(0))
     assert chosen.places.tolist() == [0, 1, 2, 3, 4, 5]

@@ -20,9 +20,10 @@ from torch.utils.data import DataLoader
 import sparing
 from sparing.core.errors import RequestError
 from sparing.pool.cleaning import NO_CLEANING, Cleaning
+from sparing.pool.encoders.cache import Cached
 from sparing.pool.growth import Growth
 from sparing.pool.items import REASONS, Drop, Item, Vectors
-from sparing.pool.store import Store
+from sparing.pool.store import Store, content_hash
 
 COPIES = Cleaning(copies=0.01)
 FRUIT = NDArray[np.float32]
@@ -231,6 +232,44 @@ def test_forgotten_items_are_gone_and_their_copies_stand_for_themselves(
         again.close()
 
 
+@pytest.mark.parametrize("disk", [False, True])
+def test_nothing_tells_of_what_was_forgotten(disk: bool, tmp_path: Path) -> None:
+    """No file of the pool or of the encoder's cache, no drop that names it, and no page."""
+    place = tmp_path / "pool" if disk else None
+    encoder = Cached(Words(), tmp_path / "cache.sqlite", hashes=content_hash)
+    clean = Cleaning(copies=0.01, misaligned=0)
+    pool = Growth(place, encoder=encoder, clean=clean)
+    pool.add([Item(key=f"plain {i}", text=f"sun {i}") for i in range(20)])
+    secret = Item(key="the key of it", text="red secret words", label=1)
+    (number,) = pool.add([secret]).ids.tolist()
+    pool.add([Item(key="the key of its twin", text="red secret words", label=1)])
+    pool.add([Item(key="another", text="sea", label=1)])
+    hidden = [b"secret", b"the key of it", content_hash(secret)]
+    if disk:
+        pool.snapshot("with it")
+        vector = pool._opened().vectors([number])
+        hidden.append(vector.tobytes())
+        pool.close()
+        pool = Growth(place, encoder=encoder, clean=clean)
+        (tmp_path / "pool" / "report.html").write_text("an example: red secret words")
+
+    def told() -> list[tuple[str, bytes]]:
+        files = [path for path in sorted(tmp_path.rglob("*")) if path.is_file()]
+        return [(path.name, what) for path in files for what in hidden if what in path.read_bytes()]
+
+    if disk:
+        assert {what for _, what in told()} == set(hidden)
+    assert pool.report()["dropped"]["same content"] == 1
+    pool.forget([number])
+    assert told() == []
+    assert "same content" not in pool.report()["dropped"]
+    if disk:
+        pool.snapshot("without it")
+    pool.close()
+    encoder.close()
+    assert told() == []
+
+
 def test_decisions_can_be_taken_back() -> None:
     random = np.random.default_rng(0)
     rows = data(400)
@@ -344,6 +383,42 @@ def test_everything_beside_the_store_can_be_made_anew(tmp_path: Path) -> None:
         assert np.isnan(pool.gains()).tolist() == (pool.reasons != 0).tolist()
         pool.add(more)
         assert np.isnan(pool.gains()).tolist() == (pool.reasons != 0).tolist()
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+def test_gains_as_of_arrival_outlive_a_kill_and_what_has_left_since(
+    pairs: bool, tmp_path: Path
+) -> None:
+    """They cannot be computed anew: what was there when an item arrived may be gone."""
+    width = 24 if pairs else 12
+    rows = torch.from_numpy(np.concatenate([data(300, seed) for seed in range(width // 12)], 1))
+    options: Any = {"encoder": Pairs() if pairs else same, "published": True}
+
+    def killed() -> None:
+        pool = Growth(tmp_path / "pool", **options)
+        pool.add(rows[:200])
+        pool.evict(60)
+        pool.add(rows[200:])
+        pool.forget(pool.kept()[:20])
+        np.save(tmp_path / "gains.npy", pool.gains())
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    child = multiprocessing.get_context("fork").Process(target=killed)
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+    with Growth(tmp_path / "pool", **options) as pool:
+        np.testing.assert_array_equal(pool.gains(), np.load(tmp_path / "gains.npy"))
+
+
+def test_gains_as_of_arrival_come_back_with_their_items() -> None:
+    pool = grown(data(300), clean=True, published=True)
+    before = pool.gains()
+    decision = pool.find("outlier", factor=0.5)
+    assert decision.ids.size > 10
+    pool.apply(decision)
+    pool.undo(decision)
+    np.testing.assert_array_equal(pool.gains(), before)
 
 
 def test_copies_of_what_a_killed_pool_forgot_find_others(tmp_path: Path) -> None:

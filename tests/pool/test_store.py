@@ -401,6 +401,27 @@ def test_compaction_joins_what_forgetting_left_small(tmp_path: Path) -> None:
     assert check(tmp_path / "s") == []
 
 
+def test_a_store_that_may_not_be_written_can_be_read(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a disk mounted read-only, say: SQLite would want to make its journal there."""
+    put(store, 3)
+    store.snapshot("one")
+    store.close()
+    path = store.path.rename(tmp_path / "odd ?#% name")
+    before = {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert check(path) == []
+    with Store.open(path) as view:
+        assert len(view.items(view.ids())) == 3
+        assert [s.label for s in view.snapshots()] == ["one"]
+        handle = view._catalogue_to_read()
+        with handle.transaction("read") as connection:
+            query = connection.engine.url.query
+        assert query["immutable"] == "1"
+    assert {file: file.read_bytes() for file in path.rglob("*") if file.is_file()} == before
+
+
 def test_a_backup_is_a_store_of_its_own(store: Store, tmp_path: Path) -> None:
     put(store, 3, cursor=4)
     store.snapshot("s")
@@ -425,7 +446,7 @@ def test_a_backup_lacks_what_was_being_forgotten(store: Store, tmp_path: Path) -
     store.close()
     connection = sqlite3.connect(store.path / catalogue.FILE)
     with connection:  # as a writer leaves it that dies between its two steps
-        connection.execute("INSERT INTO forgetting VALUES (1)")
+        connection.execute("INSERT INTO forgetting VALUES (1, 0)")
     connection.close()
     backup(store.path, tmp_path / "copy")
     assert check(tmp_path / "copy") == []

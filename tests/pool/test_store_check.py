@@ -6,12 +6,14 @@ import shutil
 import sqlite3
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from store_model import DIM, texts, unit
 
 from sparing.core.errors import RunError
-from sparing.pool.items import Vectors
+from sparing.pool.items import Drop, Vectors
 from sparing.pool.store import Store, catalogue, check
 
 
@@ -21,6 +23,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with Store.create(made, dim=DIM, shard=600) as store:
         for i in range(4):
             store.append(texts(4, f"n{i}", 3), Vectors(main=unit(4, i)), source="s")
+        store.note_drops("s", [Drop(key="a", reason="unreadable", detail="a: cut short")])
         store.set_column("reason", [1], [2])
         store.set_scores("gain", [1, 2], [0.5, 0.25], version="v")
         store.snapshot()
@@ -137,16 +140,67 @@ def test_a_damaged_segment_is_an_error_when_read(path: Path) -> None:
         ("DELETE FROM source", "a source that the catalogue does not list"),
         ("UPDATE counter SET next_id = 9", "not ascending and below the next one"),
         ("UPDATE snapshot SET next_id = 99", "snapshot 1 is of items that do not exist"),
-        ("INSERT INTO forgetting VALUES (3)", "1 items are still to be forgotten"),
+        ("INSERT INTO forgetting VALUES (3, 0)", "1 items are still to be forgotten"),
         ("UPDATE counter SET change = 2", "holds changes that were never made"),
+        ("UPDATE drop_ SET detail = 'item 7'", '1 rows of the table "drop" do not match'),
+        ("UPDATE change SET note = 'b'", 'rows of the table "change" do not match'),
+        ("UPDATE source SET cursor = '1'", '1 rows of the table "source" do not match'),
+        ("UPDATE source SET cursor = '{'", '1 rows of the table "source" do not match'),
+        ("UPDATE setting SET value = '\"float\"' WHERE name = 'dtype'", 'table "setting" do not'),
+        ("UPDATE snapshot SET change = 2", '1 rows of the table "snapshot" do not match'),
+        ("UPDATE snapshot SET label = x'ff'", '1 rows of the table "snapshot" do not match'),
+        ("UPDATE part SET file = x'ff' WHERE kind = 'score'", 'table "part" do not match'),
+        ("UPDATE counter SET forgets = 1", '1 rows of the table "counter" do not match'),
+        (
+            "ALTER TABLE part RENAME COLUMN level TO devel",
+            'columns of the table "part" are damaged',
+        ),
+        ("DROP TABLE forgetting", 'columns of the table "forgetting" are damaged'),
     ],
 )
 def test_a_catalogue_that_says_something_else(path: Path, statement: str, expected: str) -> None:
     connection = sqlite3.connect(path / catalogue.FILE)
     with connection:
-        connection.execute(statement)
+        connection.execute(statement.replace("drop_", '"drop"'))
     connection.close()
     assert any(expected in text for text in check(path)), check(path)
+
+
+def rows(path: Path) -> list[Any]:
+    """All that the catalogue says; its one row of counters without its number."""
+    held = catalogue.Catalogue(path)
+    with held.transaction("read") as connection:
+        tables = held.tables["metadata"].tables.values()
+        chosen = [[c for c in table.columns if c.name != "one"] for table in tables]
+        said = [
+            connection.execute(table.select().with_only_columns(*some)).all()
+            for table, some in zip(tables, chosen, strict=True)
+        ]
+    return said
+
+
+@pytest.mark.parametrize("count", [60, pytest.param(2000, marks=pytest.mark.slow)])
+def test_a_flipped_bit_anywhere_in_the_catalogue(path: Path, count: int) -> None:
+    """Whatever changes what the catalogue says is found: the database itself sees little."""
+    file = path / catalogue.FILE
+    data = file.read_bytes()
+    usual = rows(path)
+    random = np.random.default_rng(0)
+    filled = np.flatnonzero(np.frombuffer(data, np.uint8))
+    found = 0
+    for place in random.choice(filled, count, replace=False).tolist():
+        hurt = bytearray(data)
+        hurt[place] ^= 1 << int(random.integers(8))
+        file.write_bytes(hurt)
+        for log in path.glob(f"{catalogue.FILE}-*"):
+            log.unlink()
+        try:
+            problems = check(path)
+        except RunError as error:  # a format that this version does not know
+            problems = [str(error)]
+        found += bool(problems)
+        assert problems or rows(path) == usual, place
+    assert found > 0.9 * count
 
 
 @pytest.mark.parametrize(

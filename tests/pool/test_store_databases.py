@@ -58,7 +58,8 @@ def everything(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with Catalogue(path, write=True).engine.begin() as connection:
         older = catalogue._tables()["setting"]
         chosen = older.c.name == "format"
-        connection.execute(older.update().where(chosen).values(value=str(catalogue.FORMAT - 1)))
+        other = {"name": "format", "value": str(catalogue.FORMAT - 1)}
+        connection.execute(older.update().where(chosen).values(other))
     monkeypatch.setitem(catalogue.MIGRATIONS, catalogue.FORMAT - 1, lambda connection: None)
     with Store.open(path, write=True) as again:
         assert len(again) == 10

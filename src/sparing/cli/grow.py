@@ -252,6 +252,8 @@ def _check_places(store: Path, sources: list[Path]) -> None:
 
 def remembered(store: Path, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """What is given, else what the pool was grown with before, else the usual."""
+    from sparing.pool.encoders import NAMES
+
     given = dict.fromkeys(_USUAL) if given is None else given
     known: dict[str, Any] = {}
     if (store / OPTIONS).is_file():
@@ -272,7 +274,7 @@ def remembered(store: Path, given: Mapping[str, Any] | None = None) -> dict[str,
     }
     if options["published"] and given["threshold"] is None and "threshold" not in known:
         options["threshold"] = -1.0  # the released rule takes no copies out
-    if Path(options["encoder"]).is_dir():
+    if options["encoder"] not in NAMES and Path(options["encoder"]).is_dir():
         options["encoder"] = str(Path(options["encoder"]).resolve())
     return options
 

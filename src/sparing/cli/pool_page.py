@@ -13,12 +13,12 @@ from sparing.cli.pool_pictures import copies, coverage
 from sparing.core.errors import RequestError
 from sparing.core.state import atomic_write_text
 from sparing.pool.items import REASONS, Item
+from sparing.pool.resuming import PAGE
 from sparing.pool.sources.account import GAIN
 
 if TYPE_CHECKING:
     from sparing.pool.store.view import Reading as AnyView
 
-PAGE: Final = "report.html"
 _EXAMPLES: Final = 8
 _SIDE: Final = 112
 _WORDS: Final = 280

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Any, Final, final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,9 @@ from sparing.core.errors import RequestError
 from sparing.pool.gain import Floats
 
 Random = np.random.Generator
+FLOOR: Final = 1e-6
+"""Share of its weight that an item keeps, however many of its copies were chosen: else fewer could
+be chosen than there are."""
 
 
 @final
@@ -109,7 +112,12 @@ def in_rounds(
     told by its own draw (Des Raj 1956). A chosen one's weight is its share in the rounds' mean.
     """
     require_whole("rounds", rounds, 1)
+    require_whole("n", n, 0)
+    able = int((weights > 0).sum())
+    if n > able:
+        raise RequestError(f"cannot choose {n}: {able} of {weights.size} weigh more than 0")
     left = np.array(weights)
+    least = left * left.dtype.type(FLOOR)
     parts = []
     for number in range(rounds):
         count = n * (number + 1) // rounds - n * number // rounds
@@ -118,6 +126,7 @@ def in_rounds(
         left[part.places] = np.nan
         if number + 1 < rounds:
             discount_(left, part.places)
+            np.maximum(left, least, out=left)
             left[part.places] = np.nan
     used = sum(part.places.size > 0 for part in parts)
     later = used

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, final
@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sparing.core.checks import require_whole
-from sparing.core.errors import RequestError, unknown
+from sparing.core.errors import RequestError, RunError, unknown
 from sparing.pool import judging, recaptioning, resuming
 from sparing.pool.account import account
-from sparing.pool.batch import as_items
+from sparing.pool.batch import as_items, require_source, whole
 from sparing.pool.choice import Chosen, choose, generator, in_rounds
 from sparing.pool.cleaning import NO_CLEANING, Cleaning
 from sparing.pool.coverage import staying
@@ -28,9 +28,11 @@ from sparing.pool.intake import KEPT, NEAR_COPY, Intake, regroup
 from sparing.pool.items import IMAGE_HASH, REASONS, Added, Drop, Item, Vectors
 from sparing.pool.members import COPY, STANDS, Members
 from sparing.pool.memory import MemoryStore
+from sparing.pool.neighbours import KINDS
 from sparing.pool.recaption import Recaptions
 from sparing.pool.recaptioning import Captioner
 from sparing.pool.store import Store
+from sparing.pool.store.writing import as_json
 from sparing.samples.gains import ByGain, GainProportional, TwoPhase
 
 Ids = NDArray[np.int64]
@@ -74,21 +76,29 @@ class Growth:
     ) -> None:
         require_whole("k", k, 1)
         require_whole("seed", seed, 0)
-        self.path = None if path is None else Path(path)
+        # a program may change its working directory
+        self.path = None if path is None else Path(path).absolute()
         self.encoder = encoder_of(encoder)
         self.index, self.k, self.published, self.seed = index, k, published, seed
+        if index not in KINDS:
+            raise unknown("kind of index", index, KINDS)
         if isinstance(clean, bool):
             clean = Cleaning(copies=-1) if published else Cleaning() if clean else NO_CLEANING
+        elif not isinstance(clean, Cleaning):
+            raise RequestError(f"clean must be True, False or a Cleaning, got {clean!r}")
         self.clean = clean
-        self._store: Any = None
+        self._held: Any = None
+        self._closed = False
         self._known: Members | None = None
         self._intake = Intake(clean, seed)
         self._written: NDArray[np.float32] = np.empty(0, np.float32)
         self._early: list[Drop] = []
         self._draws = 0
         self._queue: Recaptions | None = None
+        if self.path is not None and self.path.exists() and not self.path.is_dir():
+            raise RequestError(f"{self.path} is a file; a pool needs a directory")
         if self.path is not None and self.path.exists() and any(self.path.iterdir()):
-            self._store = Store.open(self.path, write=True)
+            self._held = Store.open(self.path, write=True)
             try:
                 self._check()
                 _ = self._members  # what is not right is told now
@@ -116,6 +126,11 @@ class Growth:
         """
         start = 0 if self._store is None else self._store.size
         items = as_items(batch, labels, keys, f"{source}:", start)
+        as_json(cursor)  # what cannot be stored is told before a store is made
+        require_source(source, drops)
+        if self._store is None and not items:
+            self._early.extend(drops)
+            return Added(ids=np.empty(0, np.int64), drops=tuple(drops))
         made = encode(self.encoder, items)
         left_out = (*drops, *made.drops)
         if self._store is None:
@@ -149,6 +164,8 @@ class Growth:
                 vectors,
                 None if marks is None else marks[new],
             )
+            if self.published and self.path is not None:
+                resuming.note_arrivals(store, members, added.ids[new])
         self._early = []
         return Added(ids=ids, drops=(*left_out, *added.drops, *told))
 
@@ -166,9 +183,9 @@ class Growth:
     def _create(self, vectors: Vectors) -> None:
         dim, second = vectors.main.shape[1], vectors.second is not None
         if self.path is None:
-            self._store = MemoryStore(dim, self.encoder.version, second)
+            self._held = MemoryStore(dim, self.encoder.version, second)
         else:
-            self._store = Store.create(
+            self._held = Store.create(
                 self.path, dim=dim, encoder=self.encoder.version, second=second
             )
 
@@ -221,16 +238,28 @@ class Growth:
             raise RequestError("the pool is empty; add items first")
         return self._store
 
+    @property
+    def _store(self) -> Any:
+        """None before the first item."""
+        if self._closed:
+            place = "" if self.path is None else f" at {self.path}"
+            raise RequestError(f"the pool{place} is closed; open it again with sparing.Growth")
+        return self._held
+
     def close(self) -> None:
-        """Save what makes opening quick, and let others write."""
-        if self._queue is not None:
-            self._queue.close()
-            self._queue = None
-        if self._store is not None:
-            if self.path is not None and self._known is not None:
-                resuming.save(self.path, self._known, self._settings)
-            self._store.close()
-            self._store = self._known = None
+        """Save what makes opening quick, and let others write. A pool in memory is gone then."""
+        held, known, queue = self._held, self._known, self._queue
+        self._held = self._known = self._queue = None
+        self._closed = True
+        if queue is not None:
+            queue.close()
+        if held is not None:
+            try:
+                if self.path is not None and known is not None:
+                    with suppress(RunError):  # a full disk, say: it all follows from the store
+                        resuming.save(self.path, known, self._settings)
+            finally:
+                held.close()
 
     def __enter__(self) -> Growth:
         return self
@@ -263,7 +292,7 @@ class Growth:
 
     def items(self, ids: Any) -> list[Item]:
         """Stored items by id."""
-        found: list[Item] = self._opened().items(np.asarray(ids, np.int64))
+        found: list[Item] = self._opened().items(whole(ids))
         return found
 
     def sources(self) -> dict[str, Any]:
@@ -360,12 +389,13 @@ class Growth:
             regroup(store, changed)
 
     def forget(self, ids: Any) -> None:
-        """Take items away from everywhere: payload, vectors, neighbours, scores, snapshots.
+        """Take items away from everywhere: payload, vectors, neighbours, scores, snapshots, caches.
 
-        What was made of them by a new text goes with them.
+        What was made of them by a new text goes with them. The page goes too, since it may show
+        them; ``sparing grow`` writes it anew.
         """
         store = self._opened()
-        given = np.unique(np.asarray(ids, np.int64))
+        given = np.unique(whole(ids))
         store.items(given)  # an unknown id is an error before anything is done
         given = recaptioning.made_of(store, given)
         items = store.items(given)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,10 @@ def find(reason: str, store: Any, members: Members, **options: Any) -> Decision:
     kinds: dict[str, Callable[..., Decision]] = {"label issue": _labels, "outlier": _outliers}
     if reason not in kinds:
         raise unknown("decision", reason, kinds)
+    known = list(signature(kinds[reason]).parameters)[2:]
+    for name in options:
+        if name not in known:
+            raise unknown("option", name, known)
     return kinds[reason](store, members, **options)
 
 

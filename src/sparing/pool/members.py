@@ -234,6 +234,10 @@ class Members:
             self.copies.add(ids, self._vectors(ids, "main"))
             self._role[self.main.places(ids)] = COPY
 
+    def named(self) -> dict[str, Neighbourhood]:
+        """The items by each kind of vectors: "main", and "second" of pairs."""
+        return dict(zip(("main", "second"), self._both(), strict=False))
+
     def _both(self) -> list[Neighbourhood]:
         return [self.main] if self.second is None else [self.main, self.second]
 

@@ -38,7 +38,7 @@ class MemoryStore:
         self._rows: dict[str, Growing] = {}
         self._columns: dict[str, NDArray[Any]] = {}
         self._scores: dict[tuple[str, str], NDArray[np.float32]] = {}
-        self._drops: list[Drop] = []
+        self._drops: list[tuple[Drop, int]] = []  # with the item of the same content, or -1
         self._sources: dict[str, Any] = {}
 
     @property
@@ -81,7 +81,7 @@ class MemoryStore:
     ) -> Added:
         marks = content_hashes(items)
         first: dict[bytes, int] = {}
-        drops: list[Drop] = []
+        drops: list[tuple[Drop, int]] = []
         new: list[int] = []
         for at, (item, mark) in enumerate(zip(items, marks, strict=True)):
             twin = self._known.get(mark, first.get(mark))
@@ -89,7 +89,8 @@ class MemoryStore:
                 first[mark] = self._next + len(new)
                 new.append(at)
             else:
-                drops.append(Drop(key=item.key, reason="same content", detail=f"item {twin}"))
+                again = Drop(key=item.key, reason="same content", detail=f"item {twin}")
+                drops.append((again, twin))
         ids = np.full(len(items), -1, np.int64)
         ids[new] = np.arange(self._next, self._next + len(new))
         for at in new:
@@ -115,8 +116,9 @@ class MemoryStore:
             self._scores[key] = np.concatenate([held, unknown])
         self._ids = np.concatenate([self._ids, ids[new]])
         self._next += len(new)
-        self.note_drops(source, drops, cursor)
-        return Added(ids=ids, drops=drops)
+        self.note_drops(source, (), cursor)
+        self._drops.extend(drops)
+        return Added(ids=ids, drops=[drop for drop, _ in drops])
 
     def _keep(self, which: str, rows: NDArray[np.float32]) -> None:
         if rows.shape[1:] != (self.dim,) or not np.isfinite(rows).all():
@@ -128,7 +130,7 @@ class MemoryStore:
         self._rows[which].add_(rows)
 
     def note_drops(self, source: str, drops: Sequence[Drop], cursor: Any = None) -> None:
-        self._drops.extend(drops)
+        self._drops.extend((drop, -1) for drop in drops)
         if cursor is not None or source not in self._sources:
             self._sources[source] = cursor
 
@@ -164,7 +166,8 @@ class MemoryStore:
         return [self._items[i] for i in np.asarray(ids).tolist()]
 
     def drops(self, limit: int | None = None) -> list[Drop]:
-        return self._drops if limit is None else self._drops[-limit:]
+        found = [drop for drop, _ in self._drops]
+        return found if limit is None else found[-limit:]
 
     def sources(self) -> dict[str, Any]:
         return dict(self._sources)
@@ -180,6 +183,8 @@ class MemoryStore:
         self._columns = {k: v[stays] for k, v in self._columns.items()}
         self._scores = {k: v[stays] for k, v in self._scores.items()}
         self._ids = self._ids[stays]
+        gone = set(np.asarray(ids).tolist())
+        self._drops = [(drop, twin) for drop, twin in self._drops if twin not in gone]
 
     def _at(self, ids: Any) -> Ids:
         wanted = np.asarray(ids, np.int64)

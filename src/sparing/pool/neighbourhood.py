@@ -107,6 +107,8 @@ class Neighbourhood:
 
         Nothing may have come or gone since.
         """
+        if not ids.size:
+            return  # all that came are copies, say
         keep, places = self.table.keep, self.places(ids)
         one, two, apart = inside(vectors, stored.distances[:, -1], keep)
         near, slots = by_row(one, apart, len(ids), np.float32(np.inf))
@@ -116,7 +118,9 @@ class Neighbourhood:
         who = np.concatenate([self.places(stored.ids), names], 1)
         best = least(far, keep)
         if self.frozen:
-            self._first[places] = self._as_of_arrival(vectors, stored.distances)
+            new = self._as_of_arrival(vectors, stored.distances)
+            was = self._first[places]  # of an item that is back again
+            self._first[places] = np.where(np.isnan(was), new, was)
         self.table.set_(places, np.take_along_axis(who, best, 1), np.take_along_axis(far, best, 1))
         at, rows, distances = stored.pairs
         self.table.merge_((self.places(at), places[rows], distances))
@@ -186,6 +190,15 @@ class Neighbourhood:
         self._ids = None if not ids.size or ids[-1] == ids.size - 1 else ids.copy()
         self._first = state["first"].copy()
         self._changes += 1
+
+    def arrivals(self, ids: Ids) -> Rows:
+        """The gains by the released rule, as of arrival, NaN for items never valued: (n,)."""
+        return self._first[self.places(ids)]
+
+    def recall_(self, gains: Rows) -> None:
+        """Take over gains as of arrival, (N,), where they are not NaN."""
+        known = ~np.isnan(gains)
+        self._first[known] = gains[known]
 
     # ---- what they are worth -----------------------------------------------------------------
 

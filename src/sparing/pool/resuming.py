@@ -1,7 +1,9 @@
 """What a pool knows beside its store, kept on the disk so that opening it again is quick.
 
 All of it follows from the store. It is written now and then, and what the store has taken in since,
-or lost, is made good when the pool is opened: a kill at any time loses nothing.
+or lost, is made good when the pool is opened: a kill at any time loses nothing. Gains by the
+released rule follow from what was there when an item arrived, of which some may have left since:
+the store keeps them as scores.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from typing import Any, Final
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from sparing.core import state
 from sparing.core.errors import RequestError, RunError
@@ -22,6 +25,9 @@ from sparing.pool.members import COPY, OUT, STANDS, Members
 FOLDER: Final = "growth"
 FORMAT: Final = 2
 """What is saved in another format is made anew."""
+PAGE: Final = "report.html"
+"""The page of a pool, which shows some of its items."""
+ARRIVAL: Final = "gain at arrival"
 
 
 def save(path: Path, members: Members, settings: dict[str, Any]) -> None:
@@ -41,9 +47,33 @@ def settings(path: Path) -> dict[str, Any] | None:
 
 
 def discard(path: Path) -> None:
-    """Take away what was saved, before items are forgotten."""
+    """Take away what was saved, and the page, before items are forgotten."""
     with state.replacing(path / FOLDER):
         pass
+    try:
+        (path / PAGE).unlink(missing_ok=True)
+    except OSError as error:
+        raise RunError(
+            f"{path / PAGE} may show what is to be forgotten, and cannot be deleted ({error}); "
+            "delete it, and forget again"
+        ) from error
+
+
+def note_arrivals(store: Any, members: Members, ids: NDArray[np.int64]) -> None:
+    """Keep the gains of new items by the released rule."""
+    for which, near in members.named().items():
+        gains = near.arrivals(ids)
+        known = ~np.isnan(gains)
+        if known.any():
+            version = f"{which}, k={near.k}"
+            store.set_scores(ARRIVAL, ids[known], gains[known], version=version)
+
+
+def _recall_(members: Members, store: Any) -> None:
+    for which, near in members.named().items():
+        version = f"{which}, k={near.k}"
+        if near.frozen and version in store.versions(ARRIVAL):
+            near.recall_(store.scores(ARRIVAL, version))
 
 
 def resume_(members: Members, store: Any, path: Path | None, settings: dict[str, Any]) -> None:
@@ -60,6 +90,8 @@ def resume_(members: Members, store: Any, path: Path | None, settings: dict[str,
     except RequestError:  # nothing was ever grouped
         owner = np.full(ids.size, -1, np.int64)
     alone = members.align_(ids, role, owner)
+    if path is not None:
+        _recall_(members, store)
     if alone.size:
         store.set_column("reason", alone, np.full(alone.size, KEPT, np.int8))
         store.set_column("group", alone, alone)
@@ -72,7 +104,8 @@ def _load_(members: Members, store: Any, path: Path, settings: dict[str, Any]) -
         saved = state.read(path / FOLDER)
     except RunError:
         return  # it all follows from the store
-    if saved.meta != {"growth": FORMAT, "settings": settings}:
+    about = saved.meta if isinstance(saved.meta, dict) else {}
+    if about.get("growth") != FORMAT or about.get("settings") != settings:
         return
     tree = {name: tensor.numpy() for name, tensor in saved.tree["members"].items()}
     stored = store.ids()

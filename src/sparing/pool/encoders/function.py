@@ -175,7 +175,13 @@ def _add_code(made: Any, code: CodeType) -> None:
 def _array(result: Any) -> NDArray[np.float32]:
     if isinstance(result, Tensor):
         result = result.detach().float().cpu().numpy()
-    found = np.asarray(result, dtype=np.float32)
+    try:
+        found = np.asarray(result, dtype=np.float32)
+    except (TypeError, ValueError) as error:
+        raise RequestError(
+            f"the encoder's callable gave {type(result).__name__}, which is no array of numbers "
+            f"({error}); expected (n, d)"
+        ) from error
     if found.ndim < 2:
         raise RequestError(
             f"the encoder's callable gave a result of shape {found.shape}; expected (n, d)"

@@ -99,4 +99,7 @@ def images_below(path: Path) -> list[Listed]:
 
 
 def _leads_to_folder(entry: os.DirEntry[str]) -> bool:
-    return entry.is_symlink() and entry.is_dir()
+    try:
+        return entry.is_symlink() and entry.is_dir()
+    except OSError:  # a link to itself, which is told of when it is read
+        return False

@@ -7,7 +7,8 @@ SQLAlchemy Core's and no database's own; what SQLite needs besides is in ``sqlit
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,6 +24,10 @@ FILE: Final = "catalogue.sqlite"
 FORMAT: Final = 1
 MIGRATIONS: Final[dict[int, Callable[[Any], None]]] = {}
 """By the format it begins from: what brings a catalogue, within a transaction, to the next."""
+
+
+class Damaged(RunError):
+    """The database fails, or does not say what it must."""
 
 
 @final
@@ -101,7 +106,7 @@ class Catalogue:
         self.write = write
         self.tables = _tables()
         try:
-            made = sqlite.url(self.path) if url is None else sa.make_url(url)
+            made = sqlite.url(self.path, write) if url is None else sa.make_url(url)
             own = made.get_backend_name() == sqlite.NAME
             # a writer keeps one connection; readers open one for each look, so that a fork is safe
             self.engine: Engine = sa.create_engine(
@@ -146,12 +151,19 @@ class Catalogue:
                 if older not in MIGRATIONS:
                     raise RunError(f"this version does not read the store's format {older}")
                 MIGRATIONS[older](connection)
-            connection.execute(table.update().where(chosen).values(value=json.dumps(FORMAT)))
+            value = {"name": "format", "value": json.dumps(FORMAT)}
+            connection.execute(table.update().where(chosen).values(value))
 
     def read(self) -> State:
         """The committed state. Raises RunError if it is damaged or of a newer version."""
-        with self.transaction("read") as connection:
-            return self.state(connection)
+        try:
+            with self.transaction("read") as connection:
+                return self.state(connection)
+        except (ValueError, TypeError, KeyError, sqlalchemy().exc.SQLAlchemyError) as error:
+            raise Damaged(
+                f"the catalogue {self.path} is damaged ({type(error).__name__}: {error}); put back "
+                f'a copy, or look at the store with "sparing pool check"'
+            ) from error
 
     def state(self, connection: Connection) -> State:
         """``read`` within a transaction."""
@@ -161,7 +173,7 @@ class Catalogue:
         _check_format(self.path, settings.get("format"))
         _check_older(self.path, settings["format"])
         counter = connection.execute(t["counter"].select()).one()
-        parts = [Part(**row._mapping) for row in connection.execute(t["part"].select())]
+        parts = [Part(**_plain(row)) for row in connection.execute(t["part"].select())]
         columns = {row.name: row.dtype for row in connection.execute(t["column"].select())}
         sources = {
             row.name: (row.number, json.loads(row.cursor))
@@ -191,8 +203,8 @@ class Catalogue:
     def _failing(self) -> Iterator[None]:
         try:
             yield
-        except (sqlalchemy().exc.DBAPIError, sqlite.error()) as error:
-            raise RunError(
+        except (sqlalchemy().exc.DBAPIError, sqlite.error(), UnicodeDecodeError) as error:
+            raise Damaged(
                 f"the catalogue {self.path} could not be {'written' if self.write else 'read'} "
                 f"({getattr(error, 'orig', error)}); what was committed before is kept. See that "
                 f"the disk has space and is writable, or look at the store with "
@@ -203,7 +215,7 @@ class Catalogue:
         """All, the oldest first."""
         with self.transaction("read") as connection:
             found = connection.execute(self.tables["snapshot"].select())
-            return sorted((Snapshot(**row._mapping) for row in found), key=lambda s: s.number)
+            return sorted((Snapshot(**_plain(row)) for row in found), key=lambda s: s.number)
 
     def close(self) -> None:
         """Give back the connections."""
@@ -231,7 +243,27 @@ class Catalogue:
     def problems(self) -> list[str]:
         """What the database itself finds damaged."""
         with self.transaction("read") as connection:
-            return [f"{FILE}: {text}" for text in sqlite.problems(connection)]
+            found = sqlite.problems(connection)
+            if not found:
+                tables = sqlite.other_columns(connection, self.tables["metadata"])
+                found = [f'the columns of the table "{name}" are damaged' for name in tables]
+            return [f"{FILE}: {text}" for text in found]
+
+    def damaged_rows(self) -> list[str]:
+        """Rows that do not match their own checksum, by table."""
+        found = []
+        with self.transaction("read") as connection:
+            for name, table in self.tables["metadata"].tables.items():
+                rows = connection.execute(table.select()).mappings()
+                fields = _marked(table)
+                wrong = [r for r in rows if _mark([r[field] for field in fields]) != r["mark"]]
+                if wrong:
+                    first = ", ".join(f"{key} {value!r}" for key, value in wrong[0].items())
+                    found.append(
+                        f'{FILE}: {len(wrong)} rows of the table "{name}" do not match their '
+                        f"checksum, the first: {first[:200]}"
+                    )
+        return found
 
 
 _COUNTERS: Final = {
@@ -264,7 +296,7 @@ def grown(part: Part, *, rows: int, size: int, crc: int) -> Part:
 
 def _check_format(path: Path, found: Any) -> int:
     if not isinstance(found, int):
-        raise RunError(f"{path} is no catalogue of a store; check the path")
+        raise Damaged(f"{path} is no catalogue of a store; check the path")
     if found > FORMAT:
         raise RunError(
             f"the store at {path.parent} has format {found}, and this version reads up to "
@@ -338,4 +370,30 @@ def _tables() -> dict[str, Any]:
         ),
     }  # fmt: skip
     Index("drop_same", tables["drop"].c.same)
+    for table in tables.values():  # the database itself does not see a flipped bit
+        fill = _fill(_marked(table))
+        table.append_column(Column("mark", BigInteger, nullable=False, default=fill, onupdate=fill))
     return {**tables, "metadata": meta}
+
+
+def _marked(table: Any) -> list[str]:
+    """The columns that a row's checksum is of: those that every statement gives."""
+    own = {"drop": "number", "counter": "one"}.get(table.name)
+    return [column.name for column in table.columns if column.name not in ("mark", own)]
+
+
+def _mark(values: Sequence[Any]) -> int:
+    plain = [float(v) if isinstance(v, float) else v for v in values]
+    return zlib.crc32(repr([int(v) if isinstance(v, bool) else v for v in plain]).encode())
+
+
+def _fill(fields: list[str]) -> Callable[[Any], int]:
+    def made(context: Any) -> int:
+        given = context.get_current_parameters()
+        return _mark([given[field] for field in fields])
+
+    return made
+
+
+def _plain(row: Any) -> dict[str, Any]:
+    return {name: value for name, value in row._mapping.items() if name != "mark"}

@@ -1,7 +1,10 @@
-"""Looking for damage: every committed byte is read and compared with its checksum."""
+"""Looking for damage: every committed byte, and each row of the catalogue, is read and compared
+with its checksum.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import zlib
 from pathlib import Path
 from typing import Any, Final, final
@@ -11,7 +14,7 @@ from numpy.typing import NDArray
 
 from sparing.core.errors import RunError
 from sparing.pool.store import lock, records, segments
-from sparing.pool.store.catalogue import FILE, Catalogue, Part, State
+from sparing.pool.store.catalogue import FILE, Catalogue, Damaged, Part, State
 from sparing.pool.store.files import Files, Gone
 from sparing.pool.store.recovery import orphans
 
@@ -30,8 +33,11 @@ def check(path: str | Path) -> list[str]:
     if not (folder / FILE).is_file():
         raise RunError(f"there is no store at {folder}; check the path, or create one")
     catalogue = Catalogue(folder)
+    with contextlib.suppress(Damaged):
+        catalogue.read()  # raises for another version, whose tables may be others
     try:
         found = catalogue.problems()
+        rows = [] if found else catalogue.damaged_rows()
     except RunError as error:
         return [str(error)]
     if found:
@@ -39,14 +45,16 @@ def check(path: str | Path) -> list[str]:
     for _ in range(_TRIES):
         try:
             state = catalogue.read()
-        except RunError as error:
-            if error.__cause__ is None:  # of another version, not damaged
-                raise
-            return [str(error)]
+        except Damaged as error:
+            return rows or [str(error)]
         try:
-            return _Check(folder, state, catalogue).problems()
+            return rows + _Check(folder, state, catalogue).problems()
         except Gone as error:
             gone = error
+        except Exception:
+            if not rows:
+                raise
+            return rows  # what they say cannot be followed
     return [f"{gone} is missing though the catalogue lists it"]
 
 

@@ -21,14 +21,13 @@ def forget(store: Writing, ids: NDArray[np.int64]) -> None:
     if not len(ids):
         return
     table = store._tables["forgetting"]
-    with store._changing("to forget") as change:
-        change.execute(table.insert(), [{"id": number} for number in ids.tolist()])
     try:
+        with store._changing("to forget") as change:
+            change.execute(table.delete())  # a request that a full disk let nobody take back
+            change.execute(table.insert(), [{"id": number} for number in ids.tolist()])
         left = _do(store, ids)
-    except Exception:
-        # not half: the request is taken back, if the disk lets
-        with store._changing("not forgotten") as change:
-            change.execute(table.delete())
+    except Exception as error:
+        _take_back(store, error)
         raise
     if left:
         raise RunError(
@@ -36,6 +35,18 @@ def forget(store: Writing, ids: NDArray[np.int64]) -> None:
             f"still has their bytes; see that the disk is writable, and open the store again for "
             f"writing, which deletes it"
         )
+
+
+def _take_back(store: Writing, error: Exception) -> None:
+    """Not half: the request goes, if the disk lets. Raises RunError if it stays."""
+    try:
+        with store._changing("not forgotten") as change:
+            change.execute(store._tables["forgetting"].delete())
+    except RunError:
+        raise RunError(
+            f"{error}. The request to forget may stand all the same: when the store is next opened "
+            "for writing, what was asked for is forgotten"
+        ) from error
 
 
 def redo(store: Writing) -> None:
@@ -68,7 +79,11 @@ def _do(store: Writing, ids: NDArray[np.int64]) -> list[Path]:
         store._state.forgets = change.number
     store._files.forget()
     store._load(None)
-    store._writable().checkpoint()
+    catalogue = store._writable()
+    try:
+        catalogue.checkpoint()
+    except RunError:  # what was deleted still stands in the journal
+        return [*change.left, catalogue.path]
     return change.left
 
 

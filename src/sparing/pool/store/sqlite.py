@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import quote
 
 if TYPE_CHECKING:
     import sqlite3
 
-    from sqlalchemy import Connection, Engine
+    from sqlalchemy import Connection, Engine, MetaData
 
 NAME: Final = "sqlite"
 """What SQLAlchemy calls it; of another database these functions do nothing."""
 
 
-def url(path: Path) -> Any:
-    """The address of a file."""
+def url(path: Path, write: bool) -> Any:
+    """The address of a file.
+
+    In a folder that this process cannot write to, and nobody writes to now, SQLite could not make
+    its journal, and must be told that it needs none.
+    """
     from sqlalchemy import URL
 
-    return URL.create(NAME, database=str(path))
+    journal = path.with_name(f"{path.name}-wal")
+    if write or os.access(path.parent, os.W_OK) or not path.is_file() or journal.exists():
+        return URL.create(NAME, database=str(path))
+    query = {"uri": "true", "mode": "ro", "immutable": "1"}
+    return URL.create(NAME, database=f"file:{quote(str(path))}", query=query)
 
 
 def error() -> type[Exception]:
@@ -92,3 +102,22 @@ def problems(connection: Connection) -> list[str]:
         return []
     found = connection.exec_driver_sql("PRAGMA integrity_check").scalars().all()
     return [text for text in found if text != "ok"]
+
+
+def other_columns(connection: Connection, tables: MetaData) -> list[str]:
+    """The names of tables with other columns than they are made with."""
+    from sqlalchemy import create_engine
+
+    if connection.dialect.name != NAME:
+        return []
+    found = []
+    made = create_engine("sqlite://")
+    tables.create_all(made)
+    with made.connect() as usual:
+        for name in tables.tables:
+            look = f'PRAGMA table_info("{name}")'
+            expected = usual.exec_driver_sql(look).all()
+            if connection.exec_driver_sql(look).all() != expected:
+                found.append(name)
+    made.dispose()
+    return found

@@ -242,8 +242,10 @@ class Store(Writing):
         keys, also from snapshots. Copies made by ``backup`` keep them.
 
         The files that hold them are written anew without them. Once begun it is finished even
-        after a kill, when the store is next opened for writing. Raises RequestError for unknown
-        ids, RunError on a full disk: then they are still there.
+        after a kill, when the store is next opened for writing. The place of a source stays, and
+        may name the file that it stopped in. Raises RequestError for unknown ids, RunError on a
+        full disk: then they are still there, and where the disk is so full that the request cannot
+        be taken back either, it says so.
         """
         self.positions(ids)
         forgetting.forget(self, np.unique(np.asarray(ids, np.int64)))

@@ -38,7 +38,7 @@ class Reading(ABC):
 
     def __init__(self, path: str | Path, moment: Moment | None = None) -> None:
         """Raises RunError if there is no store at ``path`` or it is damaged or too new."""
-        self.path = Path(path)
+        self.path = Path(path).absolute()  # a program may change its working directory
         if not (self.path / FILE).is_file():
             raise RunError(f"there is no store at {self.path}; check the path, or create one")
         self._files = Files(self.path)

@@ -40,7 +40,7 @@ class Writing(Reading, ABC):
         if not write:
             super().__init__(path)
             return
-        path = Path(path)
+        path = Path(path).absolute()
         if not (path / FILE).is_file():
             raise RunError(f"there is no store at {path}; check the path, or create one")
         self._lock = WriterLock(path)
@@ -229,7 +229,8 @@ class Writing(Reading, ABC):
             number = known[0]
             if cursor is None:
                 return number
-            change.execute(table.update().where(table.c.number == number).values(cursor=text))
+            row = {"number": number, "name": clean(name), "cursor": text}
+            change.execute(table.update().where(table.c.number == number).values(row))
         self._state.sources[name] = (number, json.loads(text))
         return number
 
