@@ -108,7 +108,7 @@ def test_any_sequence_of_changes_leaves_what_a_dictionary_holds(data: st.DataObj
     random = np.random.default_rng(data.draw(st.integers(0, 9)))
     pool = unit(random, 6, 4)  # few directions: ties and copies abound
     for _ in range(data.draw(st.integers(1, 8))):
-        free = sorted(set(range(40)) - held.keys())
+        free = sorted(set(range(100)) - held.keys())  # more than eight steps can take
         act = data.draw(st.sampled_from(["add", "add", "remove", "update"]))
         if act == "add":
             ids = data.draw(st.lists(st.sampled_from(free), max_size=12, unique=True))
