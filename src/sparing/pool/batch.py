@@ -44,9 +44,11 @@ def as_items(
         if not isinstance(key, str):
             raise RequestError(f"keys are texts, got {key!r}")
     marks = [UNLABELLED] * len(rows) if labels is None else classes(labels)
+    # one copy for all; a row is a view of it
+    held = np.array(rows, order="C")
     return [
-        Item(key=key, tensor=np.array(row), label=label)
-        for key, row, label in zip(names, rows, marks, strict=True)
+        Item(key=key, tensor=row, label=label)
+        for key, row, label in zip(names, held, marks, strict=True)
     ]
 
 
