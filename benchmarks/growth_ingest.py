@@ -8,13 +8,13 @@ Vectors of 256 numbers in batches of 1,000, from a generator of clusters or from
 embeddings (``benchmarks/text_vectors.py`` makes one) that come again with jitter where it is
 shorter. To a pool in memory and to one on the disk, each batch durable before the next: growing
 from 0 to 20,000, and 8,000 more on top of these, in turns, ``--rounds`` times. ``--million``: in
-memory on to one million, and 8,000 more on top of these, some five minutes of two cores. A batch into a pool of its own comes
-first: packages are imported once a process. Told are recall@4 and the gain's error for a sample of
-items whose distances to all others were computed; a neighbour within 1e-3 of the true fourth
-distance counts as found. Memory of the pool on the disk is all that it holds in arrays and objects
-besides the index's vectors and codes, for each item after the first batch. The released loop looks
-up and adds one item after the other in hnswlib (M 48, ef_construction 100, ef 32, k 4), for the
-first ``--loop`` items.
+memory on to one million, and 8,000 more on top of these, some five minutes of two cores. A batch
+into a pool of its own comes first: packages are imported once a process. Told are recall@4 and the
+gain's error for a sample of items whose distances to all others were computed; a neighbour within
+1e-3 of the true fourth distance counts as found. Memory of the pool on the disk is all that it
+holds in arrays and objects besides the index's vectors and codes, for each item after the first
+batch. The released loop looks up and adds one item after the other in hnswlib (M 48,
+ef_construction 100, ef 32, k 4), for the first ``--loop`` items.
 """
 
 from __future__ import annotations
