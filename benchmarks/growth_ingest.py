@@ -198,11 +198,13 @@ def held(pool: Growth) -> dict[str, float]:
     members, store = pool._members, pool._store
     near = members.main
     inner = getattr(near.index, "inner", near.index)
+    table, rows = near.table, inner.rows
+    ids = [] if near._ids is None else [near._ids]
     parts = {
         "neighbours, gains and roles": [
-            near.table._who, near.table._far, near._ids, near._first, members.role
+            table._low, table._high, table._far, near._first, members.role, *ids
         ],
-        "index": [inner.rows.at, inner.rows.alive],
+        "index": [rows.at, rows.alive, rows._place],
         "columns of the store": [store.ids(), *store._columns.values()],
     }  # fmt: skip
     return {k: round(sum(a.nbytes for a in v) / store.size, 1) for k, v in parts.items()}
