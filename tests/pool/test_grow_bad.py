@@ -45,8 +45,11 @@ def held(store: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("where", ["before", "within", "behind"])
 def test_an_interrupt_ends_in_a_word_and_the_same_command_goes_on(
-    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
+    # what runs in the background of a shell ignores it
+    held_by = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, held_by))
     source, store = folder(tmp_path / "images"), tmp_path / "pool"
     assert call(tmp_path / "whole", source, "--batch", 8).exit_code == 0
     usual, calls = Growth.add if where != "within" else Store.append, 0
