@@ -33,7 +33,8 @@ def task() -> Text:
 def test_it_is_a_task_on_balanced_passages(task):
     assert isinstance(task, Task)
     sizes = torch.bincount(task.domain_of(torch.arange(len(task.train))), minlength=3)
-    assert all(abs(size - 1200) <= 3 for size in sizes.tolist())
+    # Python's own sources, and how often they repeat themselves, are another in each release
+    assert all(abs(size - 1200) <= 12 for size in sizes.tolist())
     documents = task.documents(task.model(0))
     assert tuple(documents) == task.domains
     assert all(abs(len(each) - 500) <= 3 and each.dtype == torch.float64
