@@ -14,7 +14,7 @@ from store_model import DIM, texts, unit
 
 from sparing.core.errors import RunError
 from sparing.pool.items import Drop, Vectors
-from sparing.pool.store import Store, catalogue, check
+from sparing.pool.store import Store, catalogue, check, checking, forgetting
 
 
 @pytest.fixture(scope="module")
@@ -218,3 +218,36 @@ def test_a_damaged_catalogue(path: Path, damage: Callable[[Path], object]) -> No
         with pytest.raises(RunError, match=catalogue.FILE):
             Store.open(path, write=write)
     assert len(list(path.glob("payload/*"))) > 1  # and what there is was not tidied away
+
+
+def test_what_a_writer_did_since_the_check_began_is_no_damage(path: Path) -> None:
+    known = catalogue.Catalogue(path)
+    before = known.read()
+    with Store.open(path, write=True) as store:
+        added = store.append(texts(3, "later"), Vectors(main=unit(3, 9)), source="s")
+        store.set_column("group", added.ids, [7, 7, 7])
+        store.snapshot()
+    assert checking._Check(path, before, known).problems() == []
+
+
+def test_what_is_forgotten_while_a_check_goes_on_is_not_waiting(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Store.open(path) as view:
+        first, second = view.ids().tolist()[:2]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(forgetting, "_do", lambda store, ids: pytest.fail("not yet"))
+        with pytest.raises(pytest.fail.Exception), Store.open(path, write=True) as store:
+            store.forget([first])
+    assert "1 items are still to be forgotten" in " ".join(check(path))
+
+    def ended(folder: Path) -> bool:
+        Store.open(folder, write=True).close()  # a writer comes, finishes it, and goes
+        return False
+
+    monkeypatch.setattr(checking.lock, "held", ended)
+    found = [text for text in check(path) if "forgotten" in text]
+    assert found == []
+    with Store.open(path) as view:
+        assert first not in view.ids()
+        assert second in view.ids()

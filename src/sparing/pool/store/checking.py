@@ -72,14 +72,20 @@ class _Check:
         self._items(sound)
         self._changes(sound)
         self._snapshots()
-        # what a writer is about to commit is no orphan
-        if not lock.held(self.folder):
-            for path in orphans(self.folder, self.state):
-                self.found.append(
-                    f"{path.relative_to(self.folder)} is not in the catalogue; the next writer "
-                    f"removes it"
-                )
+        self._orphans()
         return self.found
+
+    def _orphans(self) -> None:
+        """Files that nothing lists. What a writer is about to commit is none."""
+        paths = orphans(self.folder, self.state)
+        if not paths or lock.held(self.folder):
+            return
+        # nobody writes now, but somebody may have committed them since the state was read
+        listed = {part.file for part in self.catalogue.read().parts.values()}
+        for path in paths:
+            name = path.relative_to(self.folder).as_posix()
+            if name not in listed and path.exists():
+                self.found.append(f"{name} is not in the catalogue; the next writer removes it")
 
     def _bytes(self, part: Part) -> bool:
         """Whether a part is all there and as it was written."""
@@ -173,14 +179,21 @@ class _Check:
                 self.found.append(f"{part.file} is of a column that the catalogue does not list")
 
     def _snapshots(self) -> None:
-        for snapshot in self.catalogue.snapshots():
-            if snapshot.next_id > self.state.next_id:
+        snapshots = self.catalogue.snapshots()
+        # read behind them: a writer may have made one since the check began
+        next_id = self.catalogue.read().next_id
+        for snapshot in snapshots:
+            if snapshot.next_id > next_id:
                 self.found.append(f"snapshot {snapshot.number} is of items that do not exist")
+        waiting = self._forgetting()
+        # beside a writer they may be on their way out, or have gone since
+        if waiting and not lock.held(self.folder) and (waiting := waiting & self._forgetting()):
+            self.found.append(
+                f"{len(waiting)} items are still to be forgotten; open the store for writing to "
+                f"finish"
+            )
+
+    def _forgetting(self) -> set[int]:
         with self.catalogue.transaction("read") as connection:
             query = self.catalogue.tables["forgetting"].select()
-            waiting = len(connection.execute(query).all())
-        # beside a writer they may be on their way out
-        if waiting and not lock.held(self.folder):
-            self.found.append(
-                f"{waiting} items are still to be forgotten; open the store for writing to finish"
-            )
+            return set(connection.execute(query).scalars().all())
