@@ -17,7 +17,17 @@ from store_model import DIM, Model, agree, create, steps, texts, unit
 
 from sparing.core.errors import RequestError, RunError
 from sparing.pool.items import REASONS, Added, Drop, Item, Vectors
-from sparing.pool.store import Store, backup, catalogue, check, compact, content_hash, lock, merging
+from sparing.pool.store import (
+    Store,
+    backup,
+    catalogue,
+    check,
+    compact,
+    content_hash,
+    copying,
+    lock,
+    merging,
+)
 
 
 @pytest.fixture
@@ -453,6 +463,31 @@ def test_a_backup_lacks_what_was_being_forgotten(store: Store, tmp_path: Path) -
     with Store.open(tmp_path / "copy") as copy:
         assert copy.ids().tolist() == [0, 2]
     assert any("still to be forgotten" in text for text in check(store.path))
+
+
+def test_a_backup_catches_up_with_a_busy_writer(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(merging, "FAN", 2)
+    put(store, 3)
+    usual, calls = copying._one, 0
+
+    def beside(folder: Path, aside: Path, part: catalogue.Part) -> None:
+        nonlocal calls
+        calls += 1
+        if calls <= 60:
+            added = put(store, 2, f"n{calls}")
+            store.set_column("group", added.ids, [1, 1])
+            store.forget(added.ids[:1])
+        usual(folder, aside, part)
+
+    monkeypatch.setattr(copying, "_one", beside)
+    backup(store.path, tmp_path / "copy")
+    assert calls > 60
+    assert check(tmp_path / "copy") == check(store.path) == []
+    with Store.open(tmp_path / "copy") as copy:
+        assert copy.size == store.size == 63
+        np.testing.assert_array_equal(copy.vectors(copy.ids()), store.vectors(store.ids()))
 
 
 def test_together_is_one_change_or_none(store: Store) -> None:

@@ -46,8 +46,8 @@ def _until(store: Store, attempts: int) -> None:
         before = store.size
         try:
             _consistent(store)
-        except ValueError:
-            # an id of before is forgotten, which is told; look again
+        except (ValueError, AssertionError):
+            # what was forgotten, or merged, between two calls makes a reader look anew
             if store.size == before:
                 raise
             continue
