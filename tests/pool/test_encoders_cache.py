@@ -11,9 +11,20 @@ import numpy as np
 import pytest
 
 from sparing.core.errors import RequestError, RunError
-from sparing.pool.encoders import UnreadableError, encode
+from sparing.pool.encoders import UnreadableError, encode, encoder
 from sparing.pool.encoders.cache import Cached, fingerprint
 from sparing.pool.items import Item, Vectors
+
+
+def test_any_encoder_takes_a_cache(tmp_path: Path) -> None:
+    pixels = encoder("pixels", cache=tmp_path / "vectors.sqlite")
+    assert isinstance(pixels, Cached)
+    items = [Item(key="a", tensor=np.arange(48, dtype=np.float32).reshape(3, 4, 4))]
+    first = encode(pixels, items)
+    again = encoder("pixels", cache=tmp_path / "vectors.sqlite")
+    np.testing.assert_array_equal(encode(again, items).vectors.main, first.vectors.main)
+    assert isinstance(again, Cached)
+    assert (again.hits, again.misses) == (1, 0)
 
 
 class Counting:

@@ -300,6 +300,28 @@ def test_decisions_can_be_taken_back() -> None:
         pool.find("labels")  # type: ignore[arg-type]
 
 
+def test_labels_are_judged_by_regression_too() -> None:
+    random = np.random.default_rng(1)
+    rows = random.standard_normal((500, 12)).astype(np.float32)
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    labels = rows[:, :3].argmax(1)
+    wrong = random.choice(
+        np.flatnonzero(np.ptp(np.sort(rows[:, :3], 1)[:, 1:], 1) > 0.2), 30, False
+    )
+    labels[wrong] = (labels[wrong] + 1) % 3
+    pool = Growth(encoder=same, clean=False)
+    pool.add(torch.from_numpy(rows), labels=labels)
+    pool.evict(480)  # those that are out are not judged
+    decision = pool.find("label issue", by="regression")
+    assert "regression" in decision.detail
+    assert np.isin(decision.ids, pool.kept()).all()
+    there = np.intersect1d(wrong, pool.kept())
+    assert np.isin(there, decision.ids).mean() > 0.8
+    assert np.isin(decision.ids, wrong).mean() > 0.5
+    with pytest.raises(RequestError, match='unknown way to tell classes "trees"'):
+        pool.find("label issue", by="trees")
+
+
 def test_where_labels_cannot_be_judged_it_says_so() -> None:
     """Labels by lot: no neighbour knows better."""
     random = np.random.default_rng(0)

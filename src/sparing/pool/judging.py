@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from inspect import signature
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,15 +12,23 @@ from numpy.typing import NDArray
 from sparing.core.errors import RequestError, unknown
 from sparing.pool.decisions import Decision, decide
 from sparing.pool.items import UNLABELLED
-from sparing.pool.label_issues import by_neighbours, judged_classes, label_issues
+from sparing.pool.label_issues import (
+    by_neighbours,
+    by_regression,
+    judged_classes,
+    label_issues,
+)
 from sparing.pool.members import STANDS, Members
 from sparing.pool.outliers import outliers
+
+BY: Final = ("neighbours", "regression")
 
 
 def find(reason: str, store: Any, members: Members, **options: Any) -> Decision:
     """The decision about the items in the choice, by their neighbours; it changes nothing.
 
-    options: of "label issue" ``rule`` of ``label_issues``; of "outlier" ``factor`` of
+    options: of "label issue" ``rule`` of ``label_issues``, and ``by``, what tells a class from
+    vectors: "neighbours", or "regression", cross-validated; of "outlier" ``factor`` of
     ``outliers``. Raises RequestError where no item has a label to judge.
     """
     kinds: dict[str, Callable[..., Decision]] = {"label issue": _labels, "outlier": _outliers}
@@ -33,7 +41,11 @@ def find(reason: str, store: Any, members: Members, **options: Any) -> Decision:
     return kinds[reason](store, members, **options)
 
 
-def _labels(store: Any, members: Members, *, rule: str = "prune_by_noise_rate") -> Decision:
+def _labels(
+    store: Any, members: Members, *, rule: str = "prune_by_noise_rate", by: str = "neighbours"
+) -> Decision:
+    if by not in BY:
+        raise unknown("way to tell classes", by, BY)
     here = members.role == STANDS
     labels = np.where(here, store.column("label"), UNLABELLED)
     classes = judged_classes(labels)
@@ -42,14 +54,22 @@ def _labels(store: Any, members: Members, *, rule: str = "prune_by_noise_rate") 
             "no class has enough labelled items to judge labels by; give labels with the items"
         )
     table = members.main.table
-    chance = by_neighbours(labels, table.distances, table.who, classes)
+    if by == "neighbours":
+        chance = by_neighbours(labels, table.distances, table.who, classes)
+        told = f"{table.keep} neighbours"
+    else:
+        near = members.main.index.vectors(members.ids[here])
+        rows = np.zeros((here.size, near.shape[1]), np.float32)
+        rows[here] = near
+        chance = by_regression(labels, rows, classes)
+        told = "logistic regression"
     found = label_issues(labels, chance, classes, rule=rule)
     return decide(
         "label issue",
         members.ids,
         store.column("reason"),
         found.issues & here,
-        detail=found.detail or f"confident learning from {table.keep} neighbours, {rule}",
+        detail=found.detail or f"confident learning from {told}, {rule}",
         scores=1 - np.nan_to_num(found.quality, nan=1.0),
         words="label {given} has probability 1 - {score:.3f}, and {likelier} is likelier",
         told={"given": labels, "likelier": found.likelier},

@@ -129,14 +129,23 @@ def in_batches(
 
 
 def encoder(
-    given: str | Path | Encoder | Callable[..., Any], *, device: str = "cpu", **options: Any
+    given: str | Path | Encoder | Callable[..., Any],
+    *,
+    device: str = "cpu",
+    cache: str | Path | None = None,
+    **options: Any,
 ) -> Encoder:
     """An encoder by its name, by the folder of a Hugging Face model, or around a callable.
 
     given: "pixels" (needs nothing), "minilm", "efficientnet-lite0", a folder with a config.json,
     an Encoder, or a callable on a batch of tensors (see ``sparing.pool.encoders.function``).
+    cache: a file where vectors are kept by their items' content, see ``cache.Cached``.
     Raises RequestError for an unknown name, naming the nearest, or a missing package.
     """
+    if cache is not None:
+        from sparing.pool.encoders.cache import Cached
+
+        return Cached(encoder(given, device=device, **options), cache)
     if isinstance(given, str | Path):
         return _named(given, device, options)
     if isinstance(given, Encoder):

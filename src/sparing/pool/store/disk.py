@@ -137,16 +137,6 @@ def remove(path: Path) -> None:
         os.unlink(path)
 
 
-def write_new(path: Path, data: Any) -> None:
-    """Write a whole file and force it to the disk; its folder is still to be forced."""
-    handle = create(path)
-    try:
-        write(handle, path, data, 0)
-        sync(handle, path)
-    finally:
-        os.close(handle)
-
-
 def copy(source: Path, target: Path, size: int) -> None:
     """Copy the first ``size`` bytes to a new file and force it to the disk."""
     tell("create", target)
