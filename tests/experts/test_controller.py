@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import math
 import pickle
@@ -10,9 +11,11 @@ import pytest
 import torch
 from planted import Run, small_layer
 from torch import nn
+from torch.optim import optimizer as torch_optimizer
 from torch.utils.checkpoint import checkpoint
 
 from sparing.core.errors import RequestError
+from sparing.experts import frozen_slots
 from sparing.experts.controller import ControllerOptions, ExpertController
 from sparing.experts.course import Course, Verdict, remove_, wanted
 from sparing.experts.frozen_slots import FrozenSlots, clear_moments_, moments, slot_parameters
@@ -508,22 +511,59 @@ def test_a_slot_never_used_has_zero_moments():
 
 
 def test_the_guard_ends_with_its_owner_and_ignores_other_optimizers():
-    from torch.optim import optimizer as torch_optimizer
-
-    hooks = torch_optimizer._global_optimizer_pre_hooks
-    before = len(hooks)
     layer = small_layer(4, 2)
+    before = len(frozen_slots._living())
     guard = FrozenSlots([layer])
-    assert len(hooks) == before + 1
+    assert len(frozen_slots._living()) == before + 1
     other = nn.Parameter(torch.ones(4))
     other.grad = torch.ones(4)
     optimizer = torch.optim.SGD([other], lr=1.0)
     optimizer.step()
     assert other.tolist() == [0.0] * 4
     again = pickle.loads(pickle.dumps(guard))
-    assert len(hooks) == before + 2
+    assert len(frozen_slots._living()) == before + 2
     del guard, again
-    assert len(hooks) == before
+    gc.collect()
+    assert len(frozen_slots._living()) == before
+
+
+def test_a_guard_may_die_in_the_midst_of_any_step():
+    # garbage collection comes when it likes; torch walks its process-wide hooks meanwhile
+    weight = nn.Parameter(torch.ones(4))
+    weight.grad = torch.ones(4)
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    guards = [FrozenSlots([small_layer(4, 2)]) for _ in range(3)]
+
+    def collect(*_) -> None:
+        guards.clear()
+        gc.collect()
+
+    handles = [
+        torch_optimizer.register_optimizer_step_pre_hook(collect),
+        torch_optimizer.register_optimizer_step_pre_hook(lambda *_: None),
+    ]
+    try:
+        optimizer.step()
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert not guards
+    assert weight.tolist() == [0.0] * 4
+
+
+def test_another_optimizer_may_step_between_the_hooks_of_one():
+    # two threads that train: the second's step must not lose the rows kept for the first's
+    run = Run(start=2, slots=4, router={"published": True}, weight_decay=0.1)
+    run.train(2)
+    other = nn.Parameter(torch.ones(4))
+    other.grad = torch.ones(4)
+    nested = torch.optim.SGD([other], lr=1.0)
+    run.optimizer.register_step_pre_hook(lambda *_: nested.step() and None)
+    before = copies(run.layer)
+    run.train(2)
+    now = copies(run.layer)
+    assert all(a[2:].equal(b[2:]) for a, b in zip(before, now, strict=True))
+    assert not all(a[:2].equal(b[:2]) for a, b in zip(before, now, strict=True))
 
 
 def test_moments_are_cleared_behind_a_wrapper():

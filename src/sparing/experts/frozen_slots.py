@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, final
@@ -49,6 +50,38 @@ def clear_moments_(optimizer: Any, parameters: Iterable[nn.Parameter], slot: int
             value[slot] = 0
 
 
+_guards: weakref.WeakSet[FrozenSlots] = weakref.WeakSet()
+_lock = threading.RLock()
+_watches = False
+
+
+def _living() -> list[FrozenSlots]:
+    with _lock:  # a set that grows in another thread cannot be walked
+        return list(_guards)
+
+
+def _before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    for guard in _living():
+        guard.before_step(optimizer)
+
+
+def _after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    for guard in _living():
+        guard.after_step(optimizer)
+
+
+def _watch(guard: FrozenSlots) -> None:
+    # The two hooks are registered once and stay: a hook that left with its guard would be taken
+    # out by garbage collection, which may come while torch walks its hooks in some other step.
+    global _watches
+    with _lock:
+        _guards.add(guard)
+        if not _watches:
+            register_optimizer_step_pre_hook(_before_step)
+            register_optimizer_step_post_hook(_after_step)
+            _watches = True
+
+
 @final
 class FrozenSlots:
     """Puts inactive slots, weights and moments, back after each step of any torch optimizer.
@@ -56,48 +89,32 @@ class FrozenSlots:
     Weight decay and momentum move a parameter whose gradient is zero, so a slot would drift while
     it holds no expert. Costs one copy of the inactive rows a step; nothing while all slots are
     active. The hooks are torch's process-wide ones, because the optimizer is built later and by
-    others; they act only on optimizers that hold one of these layers' parameters, and end with
+    others; a guard acts only on optimizers that hold one of its layers' parameters, and ends with
     this object.
     """
 
     def __init__(self, layers: Sequence[ExpertLayer]) -> None:
         self.layers = list(layers)
-        self._kept: list[tuple[nn.Parameter, Tensor, Tensor, dict[str, Tensor]]] = []
-        self._watch()
-
-    def _watch(self) -> None:
-        before, after = weakref.WeakMethod(self._before), weakref.WeakMethod(self._after)
-
-        def pre(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-            if (method := before()) is not None:
-                method(optimizer)
-
-        def post(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-            if (method := after()) is not None:
-                method(optimizer)
-
-        handles = (register_optimizer_step_pre_hook(pre), register_optimizer_step_post_hook(post))
-
-        def end() -> None:
-            for handle in handles:
-                handle.remove()
-
-        self._ended = weakref.finalize(self, end)
+        # by the optimizer in whose step they are kept: steps of several may overlap in threads
+        self._kept: dict[int, list[tuple[nn.Parameter, Tensor, Tensor, dict[str, Tensor]]]] = {}
+        _watch(self)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"layers": self.layers}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.layers, self._kept = state["layers"], []
-        self._watch()
+        self.layers, self._kept = state["layers"], {}
+        _watch(self)
 
     def remove(self) -> None:
         """Let inactive slots drift from now on."""
-        self._ended()
+        with _lock:
+            _guards.discard(self)
 
     @torch.no_grad()
-    def _before(self, optimizer: torch.optim.Optimizer) -> None:
-        self._kept = []
+    def before_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Keep the inactive rows of the parameters that ``optimizer`` is about to step."""
+        kept = []
         held: set[int] | None = None
         for layer in self.layers:
             idle = (~layer.router.active).nonzero().squeeze(1)
@@ -110,13 +127,14 @@ class FrozenSlots:
                     continue  # the optimizer leaves it alone
                 state = moments(optimizer, parameter)
                 rows = {name: value[idle] for name, value in state.items()}
-                self._kept.append((parameter, idle, parameter[idle], rows))
+                kept.append((parameter, idle, parameter[idle], rows))
+        self._kept[id(optimizer)] = kept
 
     @torch.no_grad()
-    def _after(self, optimizer: torch.optim.Optimizer) -> None:
-        for parameter, idle, weight, rows in self._kept:
+    def after_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Put back what was kept before the step."""
+        for parameter, idle, weight, rows in self._kept.pop(id(optimizer), []):
             parameter[idle] = weight
             for name, value in moments(optimizer, parameter).items():
                 # state that this very step created was zero before it
                 value[idle] = rows[name] if name in rows else torch.zeros_like(value[idle])
-        self._kept = []
