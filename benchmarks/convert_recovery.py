@@ -8,14 +8,15 @@ The recipe language-convert with its preset ``own``: text that the dense model d
 token, other text of the same kind to validate on. Arms: converted by importance for clusters of
 tokens with a fitted gate, scale and last projections, without the latter, and with half of what is
 active always on (16 experts, 4 active, 2 of them shared); LLaMA-MoE's published
-setting (random split, n/k, random gate with learned noise); a dense model cut to
+setting (random split, n/k, random gate with learned noise), by the recipe's optimizer, Muon, and by
+AdamW, as its authors do, beside the first by AdamW too; a dense model cut to
 the active width by importance, with its last projections as they are and fitted, and one cut to as
 many active parameters as the converted model has with router and biases; and the dense model
 trained on, the ceiling. All have the same windows in the same order for the same tokens, but for
 the converted model on half of them, whose rate comes down over that half; a seed decides split,
 gate and order. The record has each run's loss over tokens, the share of the budget after which the
 converted model is at the published setting's final loss, and paired differences at the end with
-95 % intervals.
+95 % intervals. SmolLM2 is trained by AdamW.
 Each finished run in --out is kept, an unfinished one is resumed; benchmarks/records/<record>.json
 is written after each run.
 """
@@ -45,6 +46,7 @@ from sparing.run.recipe import load
 RECIPE, METRIC = "language-convert", "nats_per_token"
 BEST, PUBLISHED = "converted", "published"
 SHARED = "with shared experts"
+ADAMW, PUBLISHED_ADAMW = "with AdamW", "published with AdamW"
 HALF, EQUAL = "converted, half the tokens", "cut, as many active parameters"
 ARMS = (
     BEST,
@@ -56,6 +58,8 @@ ARMS = (
     "cut and fitted",
     "without fitting projections",
     SHARED,
+    PUBLISHED_ADAMW,
+    ADAMW,
 )
 FEW = (SHARED, *ARMS[:4])
 """Those of a large model."""
@@ -67,6 +71,7 @@ SMOLLM2: dict[str, Any] = {
     "task.eval_batch": 4,
     "train.tokens": 51_200,
     "train.batch_size": 2,
+    "train.optimizer": "adamw",
     "train.learning_rate": 3e-4,
     "watch.evaluate": 0.2,
 }
@@ -122,21 +127,21 @@ def results(out: Path) -> dict[str, Any]:
                 "seconds": round(summary["seconds"], 1),
             }
     found: dict[str, Any] = {"unit": METRIC, "arms": arms}
-    for arm in (BEST, SHARED):
-        found[f"share of the budget to the published setting's end, {arm}"] = {
-            seed: _share(run, arms[PUBLISHED][seed])
-            for seed, run in arms.get(arm, {}).items()
-            if seed in arms.get(PUBLISHED, {})
-        }
-    for other in ARMS[1:]:
-        both = sorted(arms.get(BEST, {}).keys() & arms.get(other, {}).keys())
-        if len(both) > 1:
-            ends = [arms[BEST][seed]["end"] - arms[other][seed]["end"] for seed in both]
-            found[f"{BEST} less {other}"] = _difference(ends, both)
-    both = sorted(arms.get(HALF, {}).keys() & arms.get(PUBLISHED, {}).keys())
-    if len(both) > 1:
-        ends = [arms[HALF][seed]["end"] - arms[PUBLISHED][seed]["end"] for seed in both]
-        found[f"{HALF} less {PUBLISHED}"] = _difference(ends, both)
+
+    def both(arm: str, other: str) -> list[int]:
+        return sorted(arms.get(arm, {}).keys() & arms.get(other, {}).keys())
+
+    for arm, other in itertools.product((BEST, SHARED), (PUBLISHED, PUBLISHED_ADAMW)):
+        if seeds := both(arm, other):
+            found[f"share of the budget to the end of {other}, {arm}"] = {
+                seed: _share(arms[arm][seed], arms[other][seed]) for seed in seeds
+            }
+    by_adamw = (ADAMW, PUBLISHED_ADAMW)
+    pairs = [(BEST, other) for other in ARMS[1:]]
+    for arm, other in [*pairs, (HALF, PUBLISHED), (HALF, PUBLISHED_ADAMW), by_adamw]:
+        if len(seeds := both(arm, other)) > 1:
+            ends = [arms[arm][seed]["end"] - arms[other][seed]["end"] for seed in seeds]
+            found[f"{arm} less {other}"] = _difference(ends, seeds)
     return found
 
 
