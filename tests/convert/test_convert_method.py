@@ -211,25 +211,27 @@ def test_a_run_begins_at_the_converted_checkpoints_loss_and_its_page_says_so(
     assert task.evaluate(trained)["nats_per_token"] == pytest.approx(found.value, abs=1e-6)
 
 
-@pytest.mark.parametrize("preset", [None, "own"])
+@pytest.mark.parametrize("preset", [None, "own", "large"])
 def test_the_arms_of_the_comparison_are_sets_of_options(preset: str | None):
     kinds = {}
     for name, arm in load_recipe("language-convert").arms.items():
         made = load_recipe("language-convert", as_overrides(arm.set), preset=preset)
         methods = {method.name: method for method in made.build_methods()}
         assert methods["mix"].options.rule == (
-            "uniform" if preset or name in ("dense", "uniform") or "cut" in name else "gate-load"
+            "uniform" if preset == "own" or name in ("dense", "uniform") or "cut" in name else "gate-load"
         )
         kinds[name] = methods["convert"].options if "convert" in methods else None
     assert kinds["dense"] is None
     assert [kinds[name].method for name in ("cut", "cut and fitted")] == ["cut", "cut"]
     fitted = {name for name, options in kinds.items() if options is not None and options.refit}
-    assert fitted == {"converted", "uniform", "cut and fitted", "with shared experts"}
+    named = {"converted", "with AdamW", "uniform", "cut and fitted", "with shared experts"}
+    assert fitted == named
     published = kinds["published"]
     assert published.router == "noisy-top-k", "LLaMA-MoE's gate has learned noise"
     assert (published.method, published.scale, published.gate) == ("random", "published", "random")
     assert not published.reads
-    assert kinds["converted"] == kinds["uniform"]
+    assert kinds["published with AdamW"] == published
+    assert kinds["converted"] == kinds["uniform"] == kinds["with AdamW"]
     shares = {k.active / k.experts for k in kinds.values() if k is not None}
     assert shares == {1 / 4}
 
