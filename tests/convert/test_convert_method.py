@@ -218,7 +218,9 @@ def test_the_arms_of_the_comparison_are_sets_of_options(preset: str | None):
         made = load_recipe("language-convert", as_overrides(arm.set), preset=preset)
         methods = {method.name: method for method in made.build_methods()}
         assert methods["mix"].options.rule == (
-            "uniform" if preset == "own" or name in ("dense", "uniform") or "cut" in name else "gate-load"
+            "uniform"
+            if preset == "own" or name in ("dense", "uniform") or "cut" in name
+            else "gate-load"
         )
         kinds[name] = methods["convert"].options if "convert" in methods else None
     assert kinds["dense"] is None
