@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from sparing.core.errors import RequestError
-from sparing.run.report import charts, layers, passages, render, words, write, write_many
+from sparing.run.report import charts, curves, layers, passages, render, words, write, write_many
 from sparing.run.report.clipped import clipped
 from sparing.run.report.read import read
 
@@ -261,6 +261,28 @@ def test_a_metric_in_another_unit_than_the_loss_has_its_own_chart(tmp_path: Path
     assert re.search(r"0\.93 accuracy\s*beats random \(0\.50\) by 86\W%, but is 2\W% behind", text)
     assert "training loss against tokens" in text
     assert "Bits per byte is" not in text
+
+
+def test_evaluations_without_a_training_curve_are_seen_from_early_on(tmp_path: Path) -> None:
+    run = make(tmp_path / "run")
+    edit(
+        run / "summary.json",
+        metric={"name": "nats_per_token", "value": 1.6, "higher_is_better": False},
+    )
+    edit(run / "page.json", references={"before": {"mean": 1.3}})
+    rows = [
+        {"kind": "eval", "step": i, "tokens": 100 * i, "flops": 1e6 * i, "nats_per_token": y}
+        for i, y in enumerate([9.0] + [1.6 + 1.6 / (1 + i / 3) for i in range(20)])
+    ]
+    (run / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    drawn = curves.loss_charts(read(run))[0]
+    (dots,) = (path for path, style in drawn.paths if "dots" in style)
+    heights = [float(y) for y in re.findall(r"M\S+ (\S+)h", dots)]
+    assert len(heights) == 21
+    inside = [y for y in heights if 0 <= y <= 1000]
+    assert len(inside) == 19, "all but the first tenth"
+    assert min(inside) < 100
+    assert max(inside) > 600
 
 
 # ---- charts and words --------------------------------------------------------------------------

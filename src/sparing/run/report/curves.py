@@ -113,9 +113,10 @@ def overlay(runs: list[Run]) -> list[Chart]:
 
 def _window(curve: Points, held_out: Points, rules: list[float]) -> tuple[float, float] | None:
     """The y range that shows where the run went, not the fall of its first steps."""
-    settled = [y for _, y in curve[len(curve) // 10 :]] + [y for _, y in held_out[-1:]] + rules
     if not curve and not held_out:
         return None
+    main = curve or held_out
+    settled = [y for _, y in main[len(main) // 10 :] + held_out[-1:]] + rules
     low, high = min(settled), max(settled)
     room = 0.08 * (high - low) or 0.1
     return low - room, high + room
