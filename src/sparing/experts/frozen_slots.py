@@ -52,7 +52,7 @@ def clear_moments_(optimizer: Any, parameters: Iterable[nn.Parameter], slot: int
 
 _guards: weakref.WeakSet[FrozenSlots] = weakref.WeakSet()
 _lock = threading.RLock()
-_watches = False
+_registered = False
 
 
 def _living() -> list[FrozenSlots]:
@@ -73,13 +73,13 @@ def _after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
 def _watch(guard: FrozenSlots) -> None:
     # The two hooks are registered once and stay: a hook that left with its guard would be taken
     # out by garbage collection, which may come while torch walks its hooks in some other step.
-    global _watches
+    global _registered
     with _lock:
         _guards.add(guard)
-        if not _watches:
+        if not _registered:
             register_optimizer_step_pre_hook(_before_step)
             register_optimizer_step_post_hook(_after_step)
-            _watches = True
+            _registered = True
 
 
 @final
